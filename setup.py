@@ -1,0 +1,98 @@
+"""Builds the C++ core, pyattn._C; all static metadata is in pyproject.toml.
+
+The core knows no Torch, so building needs only setuptools and pybind11, and one binary serves every torch.
+csrc/attention_kernel.cpp holds the algorithms once and is compiled once per instruction set, with that set's flags;
+csrc/dispatch.cpp picks among the compiled variants when the extension is first used.
+"""
+
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import build_ext as pybind11_build_ext
+from setuptools import setup
+from setuptools.errors import CCompilerError, CompileError, PlatformError
+
+CSRC = Path("csrc")
+KERNELS = [CSRC / "attention_kernel.cpp"]
+SOURCES = ["bindings.cpp", "signature.cpp", "dispatch.cpp", "cpu_features.cpp"]
+HEADERS = sorted(str(p) for p in CSRC.glob("*.h"))
+
+# Variant -> the compiler flags that allow its instructions, in no order of preference (dispatch.cpp has that).
+VARIANTS: dict[str, list[str]] = {"base": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    VARIANTS |= {
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512",
+        ],
+    }  # fmt: skip
+
+NO_COMPILER = """
+pyattn needs a C++17 compiler to build its CPU kernels, and none was found or the one found does not work.
+  Debian, Ubuntu:  apt-get install g++
+  Fedora:          dnf install gcc-c++
+  conda:           conda install -c conda-forge cxx-compiler
+  macOS:           xcode-select --install
+Then run the installation again. (CXX=/path/to/compiler chooses one by hand.)
+"""
+
+
+class build_ext(pybind11_build_ext):
+    """Compiles the kernel sources once per instruction set and links all variants into one extension."""
+
+    def compiles(self, flags: list[str]) -> bool:
+        """Whether the compiler accepts `flags`: an old compiler loses a variant, not the build."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text("int main() { return 0; }")
+            try:
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
+
+    def build_extensions(self) -> None:
+        compiler = getattr(self.compiler, "compiler_cxx", ["c++"])[0]
+        if shutil.which(compiler) is None or not self.compiles([]):
+            raise PlatformError(NO_COMPILER)
+        super().build_extensions()
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        # Kernel objects go last on the link line: should one ever hold a weak symbol, the baseline's copy wins
+        # over the one compiled for a processor that may not be there (facts: an AVX-512 std::vector did win).
+        for variant, flags in VARIANTS.items():
+            if flags and not self.compiles(flags):
+                continue
+            ext.extra_objects += self.compiler.compile(
+                [str(source) for source in KERNELS],
+                output_dir=str(Path(self.build_temp, variant)),
+                macros=[("PYATTN_VARIANT", variant)],
+                include_dirs=[str(CSRC)],
+                depends=HEADERS,
+                extra_postargs=[*ext.extra_compile_args, *flags],
+            )
+            ext.define_macros.append((f"PYATTN_HAVE_{variant.upper()}", "1"))
+        super().build_extension(ext)
+
+
+# One OpenMP pool: torch brings libgomp.so.1 and is imported first, so plain -fopenmp binds to torch's copy.
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+extension = Pybind11Extension(
+    "pyattn._C",
+    [str(CSRC / name) for name in SOURCES],
+    include_dirs=[str(CSRC)],
+    depends=HEADERS,
+    cxx_std=17,
+    extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *OPENMP],
+    extra_link_args=OPENMP,
+)
+
+try:
+    setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})
+except CCompilerError as error:
+    raise SystemExit(NO_COMPILER) from error
