@@ -1,0 +1,161 @@
+"""Error classes, and the checks that types cannot express.
+
+Shapes that an annotation can state are checked by `typed` (see _types.py). Here is the rest: agreement of dtypes and
+devices, the head ratio, what broadcasts to what, ranges of numbers. The eager path, the fake implementations (and so
+torch.compile and torch.export) and the dispatcher ops all call these functions, so a mistake reads the same anywhere.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ShapeError(TypeError, ValueError, RuntimeError):
+    """A tensor has the wrong shape.
+
+    jaxtyping's TypeCheckError is a TypeError, NumPy users expect a ValueError and torch raises RuntimeError:
+    handlers written for any of the three keep working.
+    """
+
+
+class DtypeError(TypeError, RuntimeError):
+    """A tensor has the wrong dtype, or tensors that must share one do not."""
+
+
+class DeviceError(ValueError, RuntimeError):
+    """Tensors that must share a device do not."""
+
+
+def shape_text(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}"
+
+
+def check_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    """Everything about the operands of attention that a kernel relies on; ranks and shared axes included, because
+    the dispatcher op can be called without the typed front."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 3:
+            raise ShapeError(
+                f"{name}: expected at least 3 dimensions, (*batch, heads, length, head_dim), got shape "
+                f"{shape_text(tensor)}. For one head, insert the axis with {name}.unsqueeze(-3)."
+            )
+    if query.dtype not in DTYPES:
+        raise DtypeError(f"query: expected one of float32, bfloat16, float16, float64, got {query.dtype}")
+    for name, tensor in (("key", key), ("value", value), ("bias", bias)):
+        if tensor is not None and tensor.dtype != query.dtype:
+            raise DtypeError(
+                f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}. Convert with {name}.to(query.dtype)."
+            )
+    for name, tensor in (("key", key), ("value", value), ("bias", bias), ("mask", mask)):
+        if tensor is not None and tensor.device != query.device:
+            raise DeviceError(f"{name}: expected query's device {query.device}, got {tensor.device}")
+
+    batch, q_heads, q_len, head_dim = query.shape[:-3], query.shape[-3], query.shape[-2], query.shape[-1]
+    kv_heads, kv_len = key.shape[-3], key.shape[-2]
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[:-3] != batch:
+            raise ShapeError(
+                f"{name}: expected query's batch dimensions {tuple(batch)}, got {tuple(tensor.shape[:-3])} "
+                f"(query {shape_text(query)}, {name} {shape_text(tensor)})"
+            )
+    if key.shape[-1] != head_dim:
+        raise ShapeError(f"key: expected query's head_dim {head_dim} as last dimension, got {key.shape[-1]}")
+    if value.shape[-3] != kv_heads:
+        raise ShapeError(f"value: expected key's {kv_heads} heads, got {value.shape[-3]}")
+    if value.shape[-2] != kv_len:
+        raise ShapeError(
+            f"value: expected key's kv_len {kv_len}, got {value.shape[-2]} (key {shape_text(key)}, "
+            f"value {shape_text(value)})"
+        )
+    if q_heads % kv_heads if kv_heads else q_heads:
+        raise ShapeError(
+            f"query: its number of heads must be a multiple of key's (grouped-query attention), got q_heads={q_heads} "
+            f"and kv_heads={kv_heads}"
+        )
+    scores = (*batch, q_heads, q_len, kv_len)
+    if bias is not None:
+        check_broadcasts("bias", bias, scores)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise DtypeError(
+                f"mask: expected torch.bool with True = attend, got {mask.dtype}. Additive terms go into bias=; "
+                "a 0/1 mask becomes a mask with (mask != 0)."
+            )
+        check_broadcasts("mask", mask, scores)
+
+
+def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int]) -> None:
+    """`tensor` must broadcast from the right to the shape of the scores."""
+    axes = [*(f"batch[{i}]" for i in range(len(scores) - 3)), "q_heads", "q_len", "kv_len"]
+    if tensor.dim() > len(scores):
+        raise ShapeError(
+            f"{name}: expected at most {len(scores)} dimensions, broadcastable to ({', '.join(axes)}) = "
+            f"{tuple(scores)}, got shape {shape_text(tensor)}"
+        )
+    for size, expected, axis in zip(reversed(tensor.shape), reversed(scores), reversed(axes), strict=False):
+        if size != 1 and size != expected:
+            raise ShapeError(
+                f"{name}: axis {axis} must be 1 or {expected}, got {size} (shape {shape_text(tensor)}, to broadcast "
+                f"to {tuple(scores)})"
+            )
+
+
+def check_dropout_p(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+
+
+def check_scale(scale: float) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+
+
+def check_seed(seed: Tensor | None, query: Tensor, dropout_p: float) -> None:
+    """The seed of the dispatcher op: there whenever dropout is, one int64 on the query's device."""
+    if dropout_p > 0.0 and seed is None:
+        raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-d int64 tensor, got None")
+    if seed is not None:
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise ShapeError(f"dropout_seed: expected a 0-d int64 tensor, got {seed.dtype} of shape {shape_text(seed)}")
+        if seed.device != query.device:
+            raise DeviceError(f"dropout_seed: expected query's device {query.device}, got {seed.device}")
+
+
+def check_supported(
+    sinks: Tensor | None,
+    lengths: Tensor | None,
+    starts: Tensor | None,
+    q_segments: Tensor | None,
+    kv_segments: Tensor | None,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+) -> None:
+    """The op's schema carries the whole contract; what no backend computes yet is refused here, on every path."""
+    missing = [
+        f"{name} (got {value!r})"
+        for name, value, neutral in (("softcap", softcap, 0.0), ("left window", left, None))
+        if value != neutral
+    ]
+    if right not in (None, 0):
+        missing.append(f"right window (got {right!r}; 0, causal, is supported)")
+    missing += [
+        name
+        for name, tensor in (
+            ("sinks", sinks),
+            ("lengths", lengths),
+            ("starts", starts),
+            ("q_segments", q_segments),
+            ("kv_segments", kv_segments),
+        )
+        if tensor is not None
+    ]
+    if missing:
+        raise NotImplementedError(
+            f"pyattn {'and '.join(missing)}: part of the op's schema, but no backend (cpu, triton, reference) computes "
+            "it yet. A bool mask or a bias expresses windows, lengths and segments today."
+        )

@@ -1,0 +1,109 @@
+"""Masks as numbers, not as q_len x kv_len tensors.
+
+A mask object says which keys a query may attend to; `&` joins masks, also with a bool tensor (True = attend) on either
+side. Before any kernel runs, `lower` turns the whole into the few scalars of the op's schema and at most one tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ._checks import DtypeError
+
+Align = Literal["upper_left", "lower_right"]
+
+# The op's `align`: how query i sits over the keys when q_len != kv_len.
+NO_ALIGN, UPPER_LEFT, LOWER_RIGHT = 0, 1, 2
+
+
+class Mask:
+    """What `attention(mask=...)` takes besides a bool tensor."""
+
+    def __and__(self, other: Mask | Tensor) -> Mask:
+        if not isinstance(other, Mask | Tensor):
+            return NotImplemented
+        return _Both(self, other)
+
+    def __rand__(self, other: Tensor) -> Mask:
+        return self & other  # joining is symmetric
+
+
+@dataclass(frozen=True)
+class Causal(Mask):
+    """Query i attends to key j iff ``j <= i + offset`` or ``j < prefix``.
+
+    Args:
+        align: where the diagonal starts when q_len != kv_len, and then required. ``"upper_left"``: offset 0, as
+            torch's ``is_causal=True``. ``"lower_right"``: offset kv_len - q_len, as FlashAttention 2.1 and decoding
+            with a cache: the last query sees every key.
+        prefix: keys below it are visible to every query (prefix LM).
+
+    With 2 queries and 4 keys::
+
+        upper_left    1 0 0 0      lower_right   1 1 1 0
+                      1 1 0 0                    1 1 1 1
+    """
+
+    align: Align | None = None
+    prefix: int = 0
+
+    def __post_init__(self) -> None:
+        if self.align is not None and self.align not in get_args(Align):
+            raise ValueError(f"Causal: align must be 'upper_left', 'lower_right' or None, got {self.align!r}")
+        if self.prefix < 0:
+            raise ValueError(f"Causal: prefix must be a number of keys, 0 or more, got {self.prefix}")
+
+
+@dataclass(frozen=True)
+class _Both(Mask):
+    first: Mask | Tensor
+    second: Mask | Tensor
+
+
+class LoweredMask(NamedTuple):
+    """A mask in the terms of the op's schema."""
+
+    tensor: Tensor | None = None
+    align: int = NO_ALIGN
+    left: int | None = None
+    right: int | None = None
+    prefix: int = 0
+
+
+def lower(mask: Mask | Tensor | None, q_len: int, kv_len: int) -> LoweredMask:
+    if mask is None:
+        return LoweredMask()
+    if isinstance(mask, Tensor):
+        return LoweredMask(tensor=mask)
+    if isinstance(mask, Causal):
+        if mask.align is None and q_len != kv_len:
+            raise ValueError(
+                f"Causal: q_len={q_len} differs from kv_len={kv_len}, so the alignment must be named: "
+                "Causal(align='upper_left') is torch's is_causal=True, Causal(align='lower_right') lets the last query "
+                "see every key (decoding with a cache)."
+            )
+        # With equal lengths both alignments are one; UPPER_LEFT keeps a compiled graph free of the lengths.
+        align = LOWER_RIGHT if mask.align == "lower_right" else UPPER_LEFT
+        return LoweredMask(align=align, right=0, prefix=mask.prefix)
+    assert isinstance(mask, _Both)
+    return _join(lower(mask.first, q_len, kv_len), lower(mask.second, q_len, kv_len), q_len, kv_len)
+
+
+def _join(a: LoweredMask, b: LoweredMask, q_len: int, kv_len: int) -> LoweredMask:
+    for side in (a, b):
+        if side.tensor is not None and side.tensor.dtype != torch.bool:
+            raise DtypeError(f"mask: only bool tensors (True = attend) can be joined by &, got {side.tensor.dtype}")
+    if a.tensor is not None and b.tensor is not None:
+        tensor: Tensor | None = a.tensor & b.tensor
+    else:
+        tensor = a.tensor if a.tensor is not None else b.tensor
+    if a.align and b.align:
+        if a.align != b.align and q_len != kv_len:
+            raise ValueError("Causal: two causal masks of different alignment cannot be joined; use one of them")
+        return LoweredMask(tensor, a.align, None, 0, min(a.prefix, b.prefix))
+    causal = a if a.align else b
+    return causal._replace(tensor=tensor)

@@ -1,0 +1,207 @@
+"""The definition of every op, in plain PyTorch.
+
+Tests, documentation and benchmarks all mean this file. It is written to be read and differentiated, not to be fast: it
+holds whole score matrices, computes in float32 (float64 for float64) and rounds once, at the end. A backend of the
+name "reference" runs it on request; it also serves as the composite behind forward-mode and second derivatives.
+
+All functions take the canonical form of a problem, the one the C++ and Triton kernels take: ``causal`` with
+``diagonal`` and ``prefix`` means that query i sees key j iff ``j <= i + diagonal`` or ``j < prefix``.
+"""
+
+import torch
+from torch import Tensor
+
+# Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.3).
+PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
+PHILOX_W0, PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
+PHILOX_ROUNDS = 10
+WORD = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words per counter, held in int64 tensors of one broadcast shape."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & WORD, (seed >> 32) & WORD
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap modulo 2^64, which leaves the bits of the unsigned 32 x 32 -> 64 product.
+        product0, product1 = c0 * PHILOX_M0, c2 * PHILOX_M1
+        c0, c2 = ((product1 >> 32) & WORD) ^ c1 ^ k0, ((product0 >> 32) & WORD) ^ c3 ^ k1
+        c1, c3 = product1 & WORD, product0 & WORD
+        k0, k1 = (k0 + PHILOX_W0) & WORD, (k1 + PHILOX_W1) & WORD
+    return c0, c1, c2, c3
+
+
+def dropout_mask(seed: Tensor, dropout_p: float, batch: int, q_heads: int, q_len: int, kv_len: int) -> Tensor:
+    """The attention weights that dropout keeps: bool ``[batch, q_heads, q_len, kv_len]``.
+
+    A function of (seed, batch, head, query, key) alone: counter = (key // 4, query, head, batch), the word is key % 4,
+    and a weight is kept iff its word is at least floor(p * 2^32). So it does not depend on tiling, layout, device or
+    the rest of the batch.
+    """
+    device = seed.device
+    quads = (kv_len + 3) // 4
+    counter = (
+        torch.arange(quads, device=device).view(1, 1, 1, -1),
+        torch.arange(q_len, device=device).view(1, 1, -1, 1),
+        torch.arange(q_heads, device=device).view(1, -1, 1, 1),
+        torch.arange(batch, device=device).view(-1, 1, 1, 1),
+    )
+    words = torch.stack(philox(counter, seed), dim=-1).expand(batch, q_heads, q_len, quads, 4)
+    threshold = int(dropout_p * 2**32)
+    return (words >= threshold).reshape(batch, q_heads, q_len, quads * 4)[..., :kv_len]
+
+
+def attended(
+    scores: Tensor, bias: Tensor | None, mask: Tensor | None, causal: bool, diagonal: int, prefix: int
+) -> Tensor:
+    """Which scores exist: bool, broadcastable to `scores`. A -inf in the bias masks like False in the mask."""
+    q_len, kv_len = scores.shape[-2:]
+    attend = torch.ones((), dtype=torch.bool, device=scores.device).expand(q_len, kv_len)
+    if causal:
+        key = torch.arange(kv_len, device=scores.device)
+        query = torch.arange(q_len, device=scores.device).unsqueeze(-1)
+        attend = (key <= query + diagonal) | (key < prefix)
+    if mask is not None:
+        attend = attend & mask
+    if bias is not None:
+        attend = attend & (bias != -torch.inf)
+    return attend
+
+
+class _Scores:
+    """What forward and backward share: the weights before normalisation, and the operands they came from.
+
+    Masked positions do not exist. Selecting the scores is not enough for that, since 0 * NaN is NaN in the products
+    with V, and, in the backward, with K, Q and dO. So rows with a non-finite element are taken as zeros, and the
+    queries that do attend to one (or are one) are poisoned as a whole.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        diagonal: int,
+        prefix: int,
+    ) -> None:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        self.group = q.shape[-3] // k.shape[-3] if k.shape[-3] else 1
+        k, v = (x.to(dtype).repeat_interleave(self.group, dim=-3) for x in (k, v))
+        (q, bad_q), (k, bad_k), (v, bad_v) = (_finite_rows(x) for x in (q.to(dtype), k, v))
+        self.q, self.k, self.v = q, k, v
+
+        scores = scale * (q @ k.mT)
+        if bias is not None:
+            scores = scores + bias.to(dtype)
+        self.attend = attended(scores, bias, mask, causal, diagonal, prefix).expand(scores.shape)
+        scores = torch.where(self.attend, scores, -torch.inf)
+        bad = bad_q.unsqueeze(-1) | (bad_k | bad_v).unsqueeze(-2)
+        self.poisoned = (self.attend & bad).any(dim=-1)
+
+        # A row with nothing to attend to has maximum -inf: 0 as pivot keeps its weights exp(-inf) = 0.
+        maximum = scores.detach().amax(dim=-1) if scores.shape[-1] else scores.detach().sum(dim=-1) - torch.inf
+        pivot = torch.where(maximum == -torch.inf, 0.0, maximum)
+        weights = torch.where(self.attend, torch.exp(scores - pivot.unsqueeze(-1)), 0.0)
+        total = weights.sum(dim=-1)
+        empty = total == 0
+        total = torch.where(empty, 1.0, total)
+        self.weights = weights / total.unsqueeze(-1)
+        self.lse = torch.where(empty, -torch.inf, pivot + torch.log(total))
+
+    def poison(self, rows: Tensor) -> Tensor:
+        """`rows` with the poisoned queries' rows NaN; `rows` is per query, with or without a trailing axis."""
+        poisoned = self.poisoned if rows.dim() == self.poisoned.dim() else self.poisoned.unsqueeze(-1)
+        return torch.where(poisoned, torch.nan, rows)
+
+
+def _finite_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` with every row that holds a NaN or an infinity replaced by zeros, and which rows those are."""
+    bad = ~torch.isfinite(x).all(dim=-1)
+    return torch.where(bad.unsqueeze(-1), 0.0, x), bad
+
+
+def _keep(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | None:
+    """keep / (1 - p), the factor of dropout, in the weights' dtype; None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    assert seed is not None
+    *batch, q_heads, q_len, kv_len = weights.shape
+    kept = dropout_mask(seed, dropout_p, torch.Size(batch).numel(), q_heads, q_len, kv_len).reshape(weights.shape)
+    return kept.to(weights.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    diagonal: int = 0,
+    prefix: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """out = dropout(softmax(scale * q k^T + bias, over what is attended)) v, and the log-sum-exp of the scores.
+
+    Shapes: q ``[*batch, q_heads, q_len, head_dim]``, k ``[*batch, kv_heads, kv_len, head_dim]``,
+    v ``[*batch, kv_heads, kv_len, v_dim]``; bias and mask broadcast to ``[*batch, q_heads, q_len, kv_len]``. Query head
+    h reads key/value head ``h // (q_heads // kv_heads)``. out has q's dtype; lse is float32 (float64 for float64).
+    """
+    s = _Scores(q, k, v, bias, mask, scale, causal, diagonal, prefix)
+    keep = _keep(s.weights, seed, dropout_p)
+    dropped = s.weights if keep is None else s.weights * keep
+    return s.poison(dropped @ s.v).to(q.dtype), s.poison(s.lse)
+
+
+def attention_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    scale: float,
+    dropout_p: float = 0.0,
+    causal: bool = False,
+    diagonal: int = 0,
+    prefix: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of `attention_forward` for q, k, v and bias, from those of out and lse.
+
+    With P the weights and Z = keep / (1 - p): dV = (P Z)^T dO, dP = Z (dO V^T), delta = rowsum(dO out) - dlse,
+    dS = P (dP - delta), dQ = scale dS K, dK = scale dS^T Q, dbias = dS summed over what the bias broadcasts.
+    (Dao, "FlashAttention-2", 2023, section 2.3.2; the term in dlse from d lse / dS = P.)
+    """
+    s = _Scores(q, k, v, bias, mask, scale, causal, diagonal, prefix)
+    do, bad_do = _finite_rows(do.to(s.weights.dtype))
+    # A poisoned query, or one with a non-finite dO, has NaN weights wherever it attends, and nowhere else.
+    poisoned = (s.poisoned | bad_do).unsqueeze(-1) & s.attend
+    weights = torch.where(poisoned, torch.nan, s.weights)
+
+    keep = _keep(weights, seed, dropout_p)
+    dropped = weights if keep is None else weights * keep
+    dv = dropped.mT @ do
+    dp = do @ s.v.mT
+    dp = dp if keep is None else dp * keep
+    delta = (torch.where(s.attend, weights * dp, 0.0)).sum(dim=-1)
+    delta = delta if dlse is None else delta - dlse
+    ds = torch.where(s.attend, weights * (dp - delta.unsqueeze(-1)), 0.0)
+    dq = scale * (ds @ s.k)
+    dk = scale * (ds.mT @ s.q)
+    dbias = None if bias is None else ds.sum_to_size(bias.shape).to(bias.dtype)
+    return dq.to(q.dtype), _sum_group(dk, s.group).to(k.dtype), _sum_group(dv, s.group).to(v.dtype), dbias
+
+
+def _sum_group(grad: Tensor, group: int) -> Tensor:
+    """The gradient of repeat_interleave over heads: the sum over each kv head's query heads."""
+    return grad if group == 1 else grad.unflatten(-3, (-1, group)).sum(dim=-3)
