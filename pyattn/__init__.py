@@ -1,0 +1,45 @@
+"""pyattn: one typed attention contract for PyTorch, on CPU and GPU.
+
+The layers, downwards; a call goes through them in this order::
+
+    attention.py                 public functions: types, checks, autograd
+      _types.py  _checks.py      what annotations say, and what they cannot
+      masks.py  _problem.py      the op's operands and scalars
+      _dispatch.py               which backend runs it, and why the others refuse
+        csrc/                    C++ kernels (pyattn._C), one variant per instruction set
+        kernels/                 Triton kernels (pyattn.kernels)
+        reference.py             the definition, in plain PyTorch
+    _ops.py  _transforms.py      the same op for torch.compile and export, and for torch.func
+"""
+
+import torch as _torch  # first: the extension then shares torch's OpenMP pool
+
+from . import _ops as _ops
+from ._checks import DeviceError, DtypeError, ShapeError
+from ._dispatch import Explanation, explain, show_config, use_backend
+from .attention import (
+    attention,
+    attention_with_lse,
+    compute_attention,
+    dropout_mask,
+    scaled_dot_product_attention,
+)
+from .masks import Causal
+
+__all__ = [
+    "Causal",
+    "DeviceError",
+    "DtypeError",
+    "Explanation",
+    "ShapeError",
+    "attention",
+    "attention_with_lse",
+    "compute_attention",
+    "dropout_mask",
+    "explain",
+    "scaled_dot_product_attention",
+    "show_config",
+    "use_backend",
+]
+
+del _torch

@@ -1,0 +1,136 @@
+"""Attention under torch.func and forward-mode AD: grad, vmap, jvp, hessian, in any nesting.
+
+A pair of autograd.Functions, one for the forward and one for its backward, in `setup_context` style with static vmap
+and jvp. Plain eager calls do not come here: this style costs 20 us a call against 6 (see attention.py).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C, _dispatch
+from ._composite import backward_jvp, backward_vjp, forward_jvp
+from ._problem import AttentionConfig, Operands
+
+InDims = tuple[int | None, ...]
+
+
+def _operands(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, seed: Tensor | None
+) -> Operands:
+    return Operands(q, k, v, bias=bias, mask=mask, seed=seed)
+
+
+class Transformable(torch.autograd.Function):
+    """(out, lse) of the six tensors that differ from None, and a config."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        config: AttentionConfig,
+    ) -> tuple[Tensor, Tensor]:
+        operands = _operands(q, k, v, bias, mask, seed)
+        if not _C.plain(q, k, v, bias, mask, seed):
+            out, lse = torch.ops.pyattn.attention_forward(*operands, *config)
+            return out, lse
+        return _dispatch.choose(operands, config).forward(operands, config)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        *tensors, ctx.config = inputs
+        ctx.backend = _dispatch.requested()
+        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        with _dispatch.requesting(ctx.backend):
+            dq, dk, dv, *dbias = _TransformableBackward.apply(do, dlse, out, lse, *tensors, ctx.config)
+        return dq, dk, dv, dbias[0] if dbias else None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        return forward_jvp(tangents[:4], _operands(*ctx.saved_tensors), ctx.config)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: InDims, *args: Any) -> tuple[Any, Any]:
+        return _vmap(Transformable, info.batch_size, in_dims, args), (0, 0)
+
+
+class _TransformableBackward(torch.autograd.Function):
+    """(dq, dk, dv) and, with a bias, dbias."""
+
+    @staticmethod
+    def forward(do: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        *tensors, config = args
+        operands = _operands(*tensors)
+        with_bias = operands.bias is not None
+        if not _C.plain(do, dlse, out, lse, *tensors):
+            grads = torch.ops.pyattn.attention_backward(do, dlse, out, lse, *operands, *config, with_bias)
+            return tuple(grads[: 3 + with_bias])
+        backend = _dispatch.choose(operands, config)
+        dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, operands, config, bias_grad=with_bias)
+        return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        do, dlse, _, _, *tensors, ctx.config = inputs
+        ctx.save_for_backward(do, dlse, *tensors)
+        ctx.save_for_forward(do, dlse, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        do, dlse, *tensors = ctx.saved_tensors
+        do, dlse, dq, dk, dv, dbias = backward_vjp(cotangents, do, dlse, _operands(*tensors), ctx.config)
+        return do, dlse, None, None, dq, dk, dv, dbias, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
+        do, dlse, *tensors = ctx.saved_tensors
+        # Tangents of out and lse (2, 3) are left out: the composite recomputes both from q, k, v and bias.
+        return backward_jvp((*tangents[:2], *tangents[4:8]), do, dlse, _operands(*tensors), ctx.config)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: InDims, *args: Any) -> tuple[Any, Any]:
+        grads = _vmap(_TransformableBackward, info.batch_size, in_dims, args)
+        return grads, (0,) * len(grads)
+
+
+def _vmap(fn: type[torch.autograd.Function], size: int, in_dims: InDims, args: tuple[Any, ...]) -> Any:
+    """The mapped axis becomes the first batch dimension, which costs no copy: the op takes any number of them.
+
+    Under dropout it cannot: the mask is a function of the position in the batch, and mapping must give what a loop
+    would give. So there it is a loop.
+    """
+    *tensors, config = args
+    if config.dropout_p > 0.0:
+        results = [
+            fn.apply(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)), config)
+            for i in range(size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    *tensors, seed = tensors  # None: there is no dropout
+    query = 0 if fn is Transformable else 4
+    rank = tensors[query].dim() - (in_dims[query] is not None)
+    leading = [
+        # bias and mask follow q, k and v, and may have fewer dimensions than they: the new one goes before all.
+        _lead(tensor, dim, size, rank if index > query + 2 else 0)
+        for index, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=False))
+    ]
+    return fn.apply(*leading, seed, config)
+
+
+def _lead(tensor: Tensor | None, dim: int | None, size: int, rank: int) -> Tensor | None:
+    """A view with the mapped axis first, then axes of size 1 up to `rank` others."""
+    if tensor is None:
+        return None
+    mapped = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    missing = max(rank - (mapped.dim() - 1), 0)
+    return mapped[(slice(None), *[None] * missing)]

@@ -1,0 +1,306 @@
+"""Scaled dot-product attention: the public functions, and their derivative in eager mode.
+
+A call is checked, normalised to the op's operands and scalars, given to a backend, and restored to the caller's shape.
+The arithmetic is in reference.py (the definition), csrc/ (CPU) and kernels/ (GPU); nothing here depends on the device.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import _C, _checks, _dispatch, reference
+from ._problem import AttentionConfig, Operands, check
+from ._transforms import Transformable
+from ._types import typed
+from .masks import UPPER_LEFT, Mask, lower
+
+
+@typed
+def attention(
+    query: Float[Tensor, "*batch q_heads q_len head_dim"],
+    key: Float[Tensor, "*batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "*batch kv_heads kv_len v_dim"],
+    *,
+    mask: Mask | Bool[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    scale: float | int | None = None,
+    softcap: float | int | None = None,
+    sinks: Float[Tensor, " q_heads"] | None = None,
+    dropout_p: float | int = 0.0,
+    dropout_seed: int | Int[Tensor, ""] | None = None,
+) -> Float[Tensor, "*batch q_heads q_len v_dim"]:
+    """Scaled dot-product attention, exact, in O(q_len + kv_len) memory, forward and backward.
+
+    ``out = dropout(softmax(scale * query @ key^T + bias)) @ value``, the softmax over the keys that `mask` lets a query
+    attend to.
+
+    Args:
+        query, key, value: float32, bfloat16, float16 or float64, one dtype and device for all; any strides, any
+            head_dim and v_dim, any sizes, 0 included. q_heads is a multiple of kv_heads; query head h reads key/value
+            head ``h // (q_heads // kv_heads)`` (grouped-query attention needs no flag).
+        mask: which keys a query attends to: `Causal`, a bool tensor (True = attend) that broadcasts from the right to
+            ``[*batch, q_heads, q_len, kv_len]``, or several joined by ``&``.
+        bias: added to the scaled scores; broadcasts like a bool mask; query's dtype. Has a gradient of its own shape.
+            -inf masks.
+        scale: factor of the scores; default ``1 / sqrt(head_dim)``. May be negative.
+        softcap, sinks: part of the contract, not computed yet: anything but None raises NotImplementedError.
+        dropout_p: probability that an attention weight is dropped; the kept ones are scaled by ``1 / (1 - p)``.
+        dropout_seed: determines the dropout mask, which `dropout_mask` returns; an int or a 0-d int64 tensor on the
+            query's device. None draws one from torch's generator of that device.
+
+    Returns:
+        The output in query's dtype, with query's order of dimensions in memory.
+
+    Numerics:
+        Scores, softmax and sums are float32 (float64 for float64); the output is rounded once. On the CPU the result is
+        bitwise the same for any number of threads and whatever else is in the batch.
+
+    Corner cases:
+        * A query with nothing to attend to gives 0, and gradients 0; so does kv_len = 0.
+        * Masked positions do not exist: a NaN or infinity in a masked key or value reaches neither the output nor any
+          gradient. An attended one makes the query's row non-finite.
+        * ``Causal`` needs an alignment when q_len != kv_len::
+
+              upper_left    1 0 0 0      lower_right   1 1 1 0      (q_len 2, kv_len 4)
+                            1 1 0 0                    1 1 1 1
+
+    Raises:
+        ShapeError, DtypeError, DeviceError: an operand does not fit the others.
+        ValueError: an argument is out of its range, or a causal mask of ambiguous alignment.
+        NotImplementedError: no backend takes the problem; the message has each one's reasons.
+
+    References:
+        Vaswani et al., "Attention is all you need", 2017, section 3.2.1 (d_k is head_dim). Tiled as in Dao,
+        "FlashAttention-2", 2023, algorithms 1 and 2. Dropout by Philox4x32-10, see `dropout_mask`.
+
+    >>> q, k, v = torch.randn(3, 2, 4, 16, 32).unbind()
+    >>> attention(q, k, v, mask=Causal()).shape
+    torch.Size([2, 4, 16, 32])
+    """
+    return _attend(query, key, value, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed)[0]
+
+
+@typed
+def attention_with_lse(
+    query: Float[Tensor, "*batch q_heads q_len head_dim"],
+    key: Float[Tensor, "*batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "*batch kv_heads kv_len v_dim"],
+    *,
+    mask: Mask | Bool[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    scale: float | int | None = None,
+    softcap: float | int | None = None,
+    sinks: Float[Tensor, " q_heads"] | None = None,
+    dropout_p: float | int = 0.0,
+    dropout_seed: int | Int[Tensor, ""] | None = None,
+) -> tuple[Float[Tensor, "*batch q_heads q_len v_dim"], Float[Tensor, "*batch q_heads q_len"]]:
+    """`attention`, and the log-sum-exp of each query's scores; both are differentiable.
+
+    ``lse = log(sum over attended keys of exp(score))``, natural logarithm, float32 (float64 for float64), without
+    dropout; -inf for a query with nothing to attend to. Arguments and errors are those of `attention`.
+    """
+    return _attend(query, key, value, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed)
+
+
+@typed
+def scaled_dot_product_attention(
+    query: Float[Tensor, "*q_batch q_len head_dim"],
+    key: Float[Tensor, "*k_batch kv_len head_dim"],
+    value: Float[Tensor, "*v_batch kv_len v_dim"],
+    attn_mask: Shaped[Tensor, "..."] | None = None,
+    dropout_p: float | int = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | int | None = None,
+    enable_gqa: bool = False,
+) -> Float[Tensor, "*out_batch q_len v_dim"]:
+    """`torch.nn.functional.scaled_dot_product_attention`: its signature, semantics and defaults, on pyattn's kernels.
+
+    Args:
+        query, key, value: two or more dimensions; those before the last two broadcast. With `enable_gqa`, the third
+            from the right is heads, and query's number of them a multiple of key's and value's.
+        attn_mask: bool (True = attend) or float (added to the scores; has a gradient); broadcasts to
+            ``[..., q_len, kv_len]``.
+        dropout_p: applied whenever it is not 0, as torch does: pass 0 in evaluation.
+        is_causal: query i attends to keys up to i, counted from the upper left corner, whatever the lengths.
+        scale: default ``1 / sqrt(head_dim)``.
+
+    Corner cases:
+        As `attention`. Two deliberate differences from torch's CPU kernels: `attn_mask` together with `is_causal` is
+        the error that torch documents, and a value longer or shorter than key is an error (torch 2.13 reads outside
+        the key).
+
+    Raises:
+        RuntimeError: `attn_mask` together with `is_causal`.
+        ShapeError, DtypeError, DeviceError, ValueError, NotImplementedError: as `attention`.
+    """
+    if attn_mask is not None and is_causal:
+        raise RuntimeError(
+            "scaled_dot_product_attention: explicit attn_mask should not be set when is_causal=True; "
+            "pyattn.attention(mask=Causal(...) & attn_mask) takes both"
+        )
+    one_head = query.dim() == 2
+    query, key, value = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
+    if not (query.shape[:-3] == key.shape[:-3] == value.shape[:-3] and key.shape[-3] == value.shape[-3]) or (
+        not enable_gqa and query.shape[-3] != key.shape[-3]
+    ):
+        query, key, value = _broadcast_batch(query, key, value, enable_gqa)
+    mask = bias = None
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask.to(query.dtype)
+    out = _attend(query, key, value, mask, bias, scale, None, None, dropout_p, None, is_causal=is_causal)[0]
+    return out.squeeze(0) if one_head and out.dim() == 3 else out
+
+
+@typed
+def compute_attention(
+    query: Float[Tensor, "batch q_len d_model"],
+    key: Float[Tensor, "batch kv_len d_model"],
+    value: Float[Tensor, "batch kv_len d_value"],
+    mask: Shaped[Tensor, "..."] | None = None,
+) -> Float[Tensor, "batch q_len d_value"]:
+    """Attention of one head: ``softmax(query @ key^T / sqrt(d_model), where mask != 0) @ value``.
+
+    Args:
+        query, key, value: ``[batch, length, d_model]``; value's last dimension may differ.
+        mask: any dtype, broadcasts to ``[batch, q_len, kv_len]``; a key with ``mask == 0`` is not attended to.
+
+    Corner cases, errors:
+        As `attention`: a query whose keys are all masked gives 0 (the plain formula gives NaN).
+    """
+    # The op broadcasts heads exactly as this function's mask broadcasts batch, so batch stands in their place.
+    attend = None if mask is None else mask if mask.dtype == torch.bool else mask != 0
+    return _attend(query, key, value, attend, None, None, None, None, 0.0, None)[0]
+
+
+@typed
+def dropout_mask(
+    dropout_seed: int | Int[Tensor, ""],
+    dropout_p: float | int,
+    *,
+    batch: int,
+    q_heads: int,
+    q_len: int,
+    kv_len: int,
+) -> Bool[Tensor, "{batch} {q_heads} {q_len} {kv_len}"]:
+    """The attention weights that dropout keeps: what every backend uses for this seed, whatever its tiling.
+
+    Philox4x32-10 with key = the seed's two halves and counter = (key // 4, query, q_head, flat batch index); a weight
+    is kept iff word ``key % 4`` is at least ``floor(p * 2^32)``.
+
+    References:
+        Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.3.
+    """
+    _checks.check_dropout_p(dropout_p)
+    seed = dropout_seed if isinstance(dropout_seed, Tensor) else _seed_tensor(dropout_seed, torch.device("cpu"))
+    return reference.dropout_mask(seed, dropout_p, batch, q_heads, q_len, kv_len)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | Tensor | None,
+    bias: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: int | Tensor | None,
+    *,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Check, normalise, choose, call."""
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value, bias = _autocast(query, key, value, bias)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+    if mask is None or isinstance(mask, Tensor):
+        tensor, align, left, right, prefix = mask, 0, None, None, 0
+        if is_causal:
+            align, right = UPPER_LEFT, 0
+    else:
+        tensor, align, left, right, prefix = lower(mask, query.shape[-2], key.shape[-2])
+    config = AttentionConfig(scale, softcap or 0.0, dropout_p, align, left, right, prefix)
+    operands = Operands(query, key, value, bias=bias, sinks=sinks, mask=tensor)
+    compiling = torch.compiler.is_dynamo_compiling()
+    if not compiling:
+        check(operands, config)
+        backend = _dispatch.choose(operands, config)
+    if dropout_p > 0.0:
+        operands = operands._replace(seed=_draw_seed(dropout_seed, query))
+    if compiling:
+        return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
+
+    plain = _C.plain(query, key, value, bias, tensor)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return Transformable.apply(query, key, value, bias, tensor, operands.seed, config)  # type: ignore[no-any-return]
+    if plain == 0 or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
+    if plain == 2 and torch.is_grad_enabled():
+        return _Attention.apply(query, key, value, bias, tensor, operands.seed, config, backend)  # type: ignore[no-any-return]
+    return backend.forward(operands, config)
+
+
+class _Attention(torch.autograd.Function):
+    """The derivative in eager mode; `ctx` in `forward` costs 6 us a call, the `setup_context` style 20."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.config, ctx.backend = args
+        q, k, v, bias, mask, seed = tensors
+        out, lse = ctx.backend.forward(Operands(q, k, v, bias=bias, mask=mask, seed=seed), ctx.config)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
+        operands = Operands(q, k, v, bias=bias, mask=mask, seed=seed)
+        bias_grad = ctx.needs_input_grad[3]
+        do = torch.zeros_like(out) if do is None else do
+        if torch.is_grad_enabled():  # create_graph: the op has a derivative of its own
+            with _dispatch.requesting(ctx.backend.name):
+                dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(
+                    do, dlse, out, lse, *operands, *ctx.config, bias_grad
+                )
+        else:
+            dq, dk, dv, dbias = ctx.backend.backward(do, dlse, out, lse, operands, ctx.config, bias_grad)
+        return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As torch's SDPA under autocast: to the autocast dtype, float64 excepted, inside autograd."""
+    device_type = next(t.device.type for t in tensors if t is not None)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def _draw_seed(seed: int | Tensor | None, query: Tensor) -> Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=query.device)
+    if isinstance(seed, Tensor):
+        _checks.check_seed(seed, query, 1.0)
+        return seed
+    return _seed_tensor(seed, query.device)
+
+
+def _seed_tensor(seed: int, device: torch.device) -> Tensor:
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"dropout_seed: expected an int64, got {seed}")
+    return torch.tensor(seed, dtype=torch.int64, device=device)
+
+
+def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:
+    """Views with the batch dimensions broadcast as torch.matmul does; heads too, where they are not groups."""
+    rank = 3 if enable_gqa else 2
+    lead = torch.broadcast_shapes(*(x.shape[:-rank] for x in (query, key, value)))
+    return [x.expand(*lead, *x.shape[-rank:]) for x in (query, key, value)]
