@@ -30,6 +30,11 @@ class DeviceError(ValueError, RuntimeError):
     """Tensors that must share a device do not."""
 
 
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores, sums and the log-sum-exp are computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def shape_text(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}"
 
@@ -45,11 +50,15 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
             )
     if query.dtype not in DTYPES:
         raise DtypeError(f"query: expected one of float32, bfloat16, float16, float64, got {query.dtype}")
-    for name, tensor in (("key", key), ("value", value), ("bias", bias)):
-        if tensor is not None and tensor.dtype != query.dtype:
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.dtype != query.dtype:
             raise DtypeError(
-                f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}. Convert with {name}.to(query.dtype)."
+                f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}; {name}.to(query.dtype) converts"
             )
+    if bias is not None and bias.dtype not in (query.dtype, accumulation_dtype(query.dtype)):
+        raise DtypeError(
+            f"bias: expected query's dtype {query.dtype} or the scores' {accumulation_dtype(query.dtype)}, got {bias.dtype}"
+        )
     for name, tensor in (("key", key), ("value", value), ("bias", bias), ("mask", mask)):
         if tensor is not None and tensor.device != query.device:
             raise DeviceError(f"{name}: expected query's device {query.device}, got {tensor.device}")

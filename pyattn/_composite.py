@@ -66,8 +66,12 @@ def _jvp(fn: Callable[..., tuple[Tensor, ...]], primals: Optionals, tangents: Op
         for primal, tangent in zip(primals, tangents, strict=True)
         if primal is not None
     )
-    result: tuple[Tensor, ...] = torch.func.jvp(on_present, present, directions)[1]
-    return result
+    # Pushing forward is pulling back twice, u -> vjp(u) being linear. torch.func.jvp would be direct, but it cannot run
+    # inside torch.autograd.forward_ad's levels, which do not nest.
+    outputs, vjp = torch.func.vjp(on_present, *present)
+    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(output) for output in outputs))
+    (result,) = transposed(directions)
+    return tuple(result)
 
 
 def _without_none(

@@ -315,7 +315,7 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 
 
 def choose(operands: Operands, config: AttentionConfig) -> Backend:
-    """The first backend that takes the problem. Raises NotImplementedError with every backend's reasons if none does."""
+    """The first backend that takes the problem; NotImplementedError with every backend's reasons if none does."""
     request = _request.get()
     chosen = next((b for b in BACKENDS.values() if not _why_not(b, request, operands, config)), None)
     if chosen is not None and not request.explain:

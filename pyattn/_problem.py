@@ -61,10 +61,6 @@ def check(operands: Operands, config: AttentionConfig) -> None:
     _checks.check_dropout_p(c.dropout_p)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def empty_out(q: Tensor, v_dim: int) -> Tensor:
     """The output: q's dtype, and q's order of dimensions in memory (contiguous where q has no dense order)."""
     if q.shape[-1] == v_dim:
@@ -74,4 +70,4 @@ def empty_out(q: Tensor, v_dim: int) -> Tensor:
 
 
 def empty_lse(q: Tensor) -> Tensor:
-    return torch.empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype), device=q.device)
+    return torch.empty(q.shape[:-1], dtype=_checks.accumulation_dtype(q.dtype), device=q.device)

@@ -44,8 +44,8 @@ def attention(
             head ``h // (q_heads // kv_heads)`` (grouped-query attention needs no flag).
         mask: which keys a query attends to: `Causal`, a bool tensor (True = attend) that broadcasts from the right to
             ``[*batch, q_heads, q_len, kv_len]``, or several joined by ``&``.
-        bias: added to the scaled scores; broadcasts like a bool mask; query's dtype. Has a gradient of its own shape.
-            -inf masks.
+        bias: added to the scaled scores; broadcasts like a bool mask; query's dtype, or float32. Has a gradient of its
+            own dtype and shape. -inf masks.
         scale: factor of the scores; default ``1 / sqrt(head_dim)``. May be negative.
         softcap, sinks: part of the contract, not computed yet: anything but None raises NotImplementedError.
         dropout_p: probability that an attention weight is dropped; the kept ones are scaled by ``1 / (1 - p)``.
@@ -150,11 +150,10 @@ def scaled_dot_product_attention(
     ):
         query, key, value = _broadcast_batch(query, key, value, enable_gqa)
     mask = bias = None
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            mask = attn_mask
-        else:
-            bias = attn_mask.to(query.dtype)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        mask = attn_mask
+    else:
+        bias = attn_mask
     out = _attend(query, key, value, mask, bias, scale, None, None, dropout_p, None, is_causal=is_causal)[0]
     return out.squeeze(0) if one_head and out.dim() == 3 else out
 
