@@ -217,8 +217,10 @@ def _attend(
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Check, normalise, choose, call."""
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value, bias = _autocast(query, key, value, bias)
+    if (autocast_dtype := _autocast_dtype(query.device.type)) is not None:
+        query, key, value, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(autocast_dtype) for x in (query, key, value, bias)
+        )
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
     if mask is None or isinstance(mask, Tensor):
@@ -229,13 +231,13 @@ def _attend(
         tensor, align, left, right, prefix = lower(mask, query.shape[-2], key.shape[-2])
     config = AttentionConfig(scale, softcap or 0.0, dropout_p, align, left, right, prefix)
     operands = Operands(query, key, value, bias=bias, sinks=sinks, mask=tensor)
-    compiling = torch.compiler.is_dynamo_compiling()
-    if not compiling:
+    shapes_only = torch.compiler.is_dynamo_compiling() or query.is_meta
+    if not shapes_only:
         check(operands, config)
         backend = _dispatch.choose(operands, config)
     if dropout_p > 0.0:
         operands = operands._replace(seed=_draw_seed(dropout_seed, query))
-    if compiling:
+    if shapes_only:
         return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
 
     plain = _C.plain(query, key, value, bias, tensor)
@@ -276,11 +278,11 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """As torch's SDPA under autocast: to the autocast dtype, float64 excepted, inside autograd."""
-    device_type = next(t.device.type for t in tensors if t is not None)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What q, k, v and bias are cast to inside autograd, float64 excepted: as torch's SDPA does under autocast."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _draw_seed(seed: int | Tensor | None, query: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ side. Before any kernel runs, `lower` turns the whole into the few scalars of th
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from torch import Tensor
 from ._checks import DtypeError
 
 Align = Literal["upper_left", "lower_right"]
+
+_AND = (operator.and_, Tensor.__and__, Tensor.__rand__, Tensor.bitwise_and, torch.bitwise_and)
 
 # The op's `align`: how query i sits over the keys when q_len != kv_len.
 NO_ALIGN, UPPER_LEFT, LOWER_RIGHT = 0, 1, 2
@@ -28,8 +32,14 @@ class Mask:
             return NotImplemented
         return _Both(self, other)
 
-    def __rand__(self, other: Tensor) -> Mask:
-        return self & other  # joining is symmetric
+    __rand__ = __and__  # joining is symmetric
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Under torch.compile, `&` with a tensor arrives here and not at the operators above."""
+        return _Both(*args) if func in _AND else NotImplemented
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,15 @@ All functions take the canonical form of a problem, the one the C++ and Triton k
 ``diagonal`` and ``prefix`` means that query i sees key j iff ``j <= i + diagonal`` or ``j < prefix``.
 """
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.3).
 PHILOX_M0, PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
@@ -66,6 +73,17 @@ def attended(
     if bias is not None:
         attend = attend & (bias != -torch.inf)
     return attend
+
+
+def _exact(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast would round the products of the definition."""
+
+    @functools.wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return exact
 
 
 class _Scores:
@@ -134,6 +152,7 @@ def _keep(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | No
     return kept.to(weights.dtype) * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
 
 
+@_exact
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -160,6 +179,7 @@ def attention_forward(
     return s.poison(dropped @ s.v).to(q.dtype), s.poison(s.lse)
 
 
+@_exact
 def attention_backward(
     do: Tensor,
     dlse: Tensor | None,
