@@ -1,0 +1,311 @@
+// Forward: tiled online softmax (FlashAttention-2, arXiv 2307.08691, Algorithm 1).
+//
+// Per key/value head, K^T and V are packed once and shared by the group's query heads. Then, for kQueryBlock queries at
+// a time and up to kKeyBlock units of keys: scores = q K^T into a buffer, one softmax step per row in place, and
+// acc += P V unit by unit. Units that no query of the block sees are left out of the buffer, so that below the softmax
+// nothing knows of skipping.
+
+// Queries per block and units of keys per block: 24 x 512 scores are 48 KB, which with a unit of K^T or V stays within
+// the L2 cache, while up to 512 keys need no rescaling at all.
+constexpr int kQueryBlock = 24;
+constexpr int kKeyBlock = 8;
+constexpr int kQueryGroups = (kQueryBlock + kMR - 1) / kMR;
+// Scores of one row; the extra vector keeps rows of a group off each other's cache sets.
+template <class T>
+constexpr int kScoreStride = kKeyBlock * kUnit + 64 / sizeof(T);
+
+// K and V of one key/value head as the kernel reads them. A key whose K or V row holds an infinity or NaN is packed as
+// zeros and marked: the rows that attend it are made NaN one by one, and no matrix product meets a non-finite number
+// that the mask hides (0 * NaN is NaN).
+template <class T>
+struct PackedKeys {
+  T* kt;             // [unit][panel][D][kPanel], times scale
+  T* v;              // [key][ldv]
+  uint8_t* marked;   // [unit]: some key of the unit is marked
+  uint8_t* bad_key;  // [key], valid in marked units
+
+  PackedKeys() = default;
+  PackedKeys(Carver& carver, int64_t S, int64_t D, int64_t ldv) {
+    const int64_t units = (S + kUnit - 1) / kUnit;
+    kt = carver.take<T>(units * kUnit * D);
+    v = carver.take<T>(S * ldv);
+    marked = carver.take<uint8_t>(units);
+    bad_key = carver.take<uint8_t>(S);
+  }
+};
+
+// Buffers of one thread for one block of queries.
+template <class T>
+struct QueryBlock {
+  T* q;       // [kQueryBlock][ldq]
+  T* scores;  // [kQueryBlock][kScoreStride]
+  T* acc;     // [kQueryBlock][ldv], the unnormalised output
+
+  QueryBlock() = default;
+  QueryBlock(Carver& carver, int64_t ldq, int64_t ldv) {
+    q = carver.take<T>(kQueryBlock * ldq);
+    scores = carver.take<T>(kQueryBlock * kScoreStride<T>);
+    acc = carver.take<T>(kQueryBlock * ldv);
+  }
+};
+
+// One unit of keys in the score buffer.
+struct Slot {
+  int64_t first_key;
+  int keys;  // of the unit, as far as the block sees any
+  Open state;
+  bool marked;
+  int columns[kQueryGroups];  // that row group g of the block sees; what lies beyond is not computed
+};
+
+// The running state of one row: m is the maximum of the scores so far, l the sum of e^(score - m).
+template <class T>
+struct SoftmaxRow {
+  T m, l;
+  bool poisoned;  // attends a non-finite input
+};
+
+// One step of the online softmax. (In base e, not 2, although that costs the exponential nothing: a row dominated by
+// one key then has lse = m exactly, and the backward finds P = 1 for it, not 1 + eps * |m|.) scores[0, n) become
+// e^(score - m). `rescale` is what earlier sums and accumulators are to be multiplied by, 1 if the maximum did not
+// grow. scores has room for whole vectors; the last one is padded.
+template <class T>
+T softmax_step(T* scores, int n, SoftmaxRow<T>& row) {
+  constexpr int W = kWidth<T>;
+  const int end = (n + W - 1) / W * W;
+  for (int c = n; c < end; ++c) scores[c] = -T(INFINITY);
+
+  Vec<T> max0 = load(scores), max1 = max0;
+  int c = W;
+  for (; c + W < end; c += 2 * W) {
+    max0 = max<T>(max0, load(scores + c));
+    max1 = max<T>(max1, load(scores + c + W));
+  }
+  if (c < end) max0 = max<T>(max0, load(scores + c));
+  const T block_max = reduce_max<T>(max<T>(max0, max1));
+
+  T rescale = 1;
+  if (block_max > row.m) {
+    rescale = exp(broadcast(row.m - block_max))[0];  // 0 the first time
+    row.m = block_max;
+  }
+  const Vec<T> pivot = broadcast(row.m == -T(INFINITY) ? T(0) : row.m);  // -inf - -inf would be NaN
+
+  Vec<T> sum0 = {}, sum1 = {};
+  for (c = 0; c + W < end; c += 2 * W) {
+    const Vec<T> p0 = exp(load(scores + c) - pivot), p1 = exp(load(scores + c + W) - pivot);
+    store(scores + c, p0);
+    store(scores + c + W, p1);
+    sum0 += p0;
+    sum1 += p1;
+  }
+  if (c < end) {
+    const Vec<T> p0 = exp(load(scores + c) - pivot);
+    store(scores + c, p0);
+    sum0 += p0;
+  }
+  row.l = row.l * rescale + reduce_add<T>(sum0 + sum1);
+  return rescale;
+}
+
+template <class T>
+struct Forward {
+  const AttentionForward& p;
+  const int64_t ldq, ldv, units;
+
+  explicit Forward(const AttentionForward& problem)
+      : p(problem), ldq(padded<T>(p.D)), ldv(leading_dimension<T>(p.Dv)), units((p.S + kUnit - 1) / kUnit) {}
+
+  void pack_unit(int64_t b, int64_t kv_head, int64_t unit, const PackedKeys<T>& to) const {
+    const int64_t first = unit * kUnit, keys = smaller<int64_t>(kUnit, p.S - first);
+    const Matrix k = matrix(p, p.k, b, kv_head), v = matrix(p, p.v, b, kv_head);
+    T* kt = to.kt + first * p.D;
+    const bool finite = pack_transposed<T>(k, first, keys, p.D, static_cast<T>(p.scale), kt) &
+                        pack_rows<T>(v, first, keys, p.Dv, to.v + first * ldv, ldv);
+    to.marked[unit] = !finite;
+    if (finite) return;
+    for (int64_t c = 0; c < keys; ++c) {
+      to.bad_key[first + c] = !row_is_finite<T>(k, first + c, p.D) || !row_is_finite<T>(v, first + c, p.Dv);
+      if (!to.bad_key[first + c]) continue;
+      clear_packed_key(kt, c, p.D);
+      memset(to.v + (first + c) * ldv, 0, ldv * sizeof(T));
+    }
+  }
+
+  // The queries [first, first + rows) of head h of batch element b.
+  void query_block(int64_t b, int64_t h, int64_t first, int rows, const PackedKeys<T>& keys,
+                   const QueryBlock<T>& block) const {
+    const ScoreMaker<T> maker(p, b, h);
+    const Dropout dropout(p, b, h);
+    SoftmaxRow<T> softmax[kQueryBlock];
+    const Matrix q = matrix(p, p.q, b, h);
+    const bool finite = pack_rows<T>(q, first, rows, p.D, block.q, ldq);
+    for (int i = 0; i < rows; ++i) {
+      softmax[i] = {-T(INFINITY), 0, !finite && !row_is_finite<T>(q, first + i, p.D)};
+      if (softmax[i].poisoned) memset(block.q + i * ldq, 0, ldq * sizeof(T));
+      memset(block.acc + i * ldv, 0, ldv * sizeof(T));
+    }
+
+    const int64_t end = maker.visible.row_end(first + rows - 1);
+    for (int64_t unit = 0; unit * kUnit < end;) {
+      Slot slots[kKeyBlock];
+      int count = 0;
+      for (; count < kKeyBlock && unit * kUnit < end; ++unit) {
+        if (find_slot(maker.visible, first, rows, unit, end, slots[count])) {
+          slots[count++].marked = keys.marked[unit];
+        }
+      }
+      key_block(maker, dropout, first, rows, slots, count, keys, block, softmax);
+    }
+    finish(b, h, first, rows, dropout, block, softmax);
+  }
+
+ private:
+  // Describes a unit of which some key lies below `end`; false if the mask hides all of it from the block.
+  static bool find_slot(const Visibility& visible, int64_t first, int rows, int64_t unit, int64_t end, Slot& slot) {
+    slot.first_key = unit * kUnit;
+    slot.keys = static_cast<int>(smaller<int64_t>(kUnit, end - slot.first_key));
+    slot.state = visible.tile_state(first, rows, slot.first_key, slot.keys);
+    if (slot.state == Open::kNone) return false;
+    for (int g = 0; g < row_groups(rows); ++g) {
+      const int64_t last = first + smaller(rows, (g + 1) * kMR) - 1;
+      slot.columns[g] = static_cast<int>(clamp<int64_t>(visible.row_end(last) - slot.first_key, 0, slot.keys));
+    }
+    return true;
+  }
+
+  // acc and softmax take in the keys of `slots`.
+  void key_block(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t first, int rows, const Slot* slots,
+                 int count, const PackedKeys<T>& keys, const QueryBlock<T>& block, SoftmaxRow<T>* softmax) const {
+    constexpr int ld = kScoreStride<T>;
+    for (int s = 0; s < count; ++s) {
+      multiply_panels<T>(rows, block.q, ldq, keys.kt + slots[s].first_key * p.D, p.D, block.scores + s * kUnit, ld,
+                         slots[s].columns);
+    }
+    for (int i = 0; i < rows; ++i) {
+      const T rescale =
+          score_row(maker, dropout, first + i, i / kMR, slots, count, keys, block.scores + i * ld, softmax[i]);
+      if (rescale != 1) {
+        for (int64_t d = 0; d < p.Dv; d += kWidth<T>) {
+          T* acc = block.acc + i * ldv + d;
+          store(acc, load(acc) * rescale);
+        }
+      }
+    }
+    for (int s = 0; s < count; ++s) {
+      Range depth[kQueryGroups];
+      for (int g = 0; g < row_groups(rows); ++g) depth[g] = {0, slots[s].columns[g]};
+      multiply_rows<T>(rows, block.scores + s * kUnit, ld, 1, keys.v + slots[s].first_key * ldv, ldv,
+                       static_cast<int>(padded<T>(p.Dv)), block.acc, ldv, depth);
+    }
+  }
+
+  // One row of products becomes one row of probabilities, up to the columns that its group computes; returns the
+  // rescaling of the row's earlier sums.
+  T score_row(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t query, int group, const Slot* slots,
+              int count, const PackedKeys<T>& keys, T* scores, SoftmaxRow<T>& softmax) const {
+    const int64_t row_end = maker.visible.row_end(query);
+    int n = 0, computed = 0;  // columns that the row sees, and that its group has: both leading, both without gaps
+    for (int s = 0; s < count; ++s) {
+      const Slot& slot = slots[s];
+      const int seen = static_cast<int>(clamp<int64_t>(row_end - slot.first_key, 0, slot.keys));
+      n += seen;
+      computed += slot.columns[group];
+      if (seen == 0) continue;
+      maker.finish(query, slot.first_key, seen, slot.state, scores + s * kUnit);
+      if (slot.marked) softmax.poisoned |= attends(keys.bad_key + slot.first_key, scores + s * kUnit, seen);
+    }
+    const T rescale = n == 0 ? T(1) : softmax_step(scores, n, softmax);
+    for (int c = n; c < computed; ++c) scores[c] = 0;
+    if (dropout.on) {
+      for (int s = 0; s * kUnit < n; ++s) {
+        uint32_t words[kUnit];
+        dropout.draw(query, slots[s].first_key, words);
+        dropout.drop(words, smaller(kUnit, n - s * kUnit), scores + s * kUnit);
+      }
+    }
+    return rescale;
+  }
+
+  // Whether one of the marked keys has a score that takes part.
+  static bool attends(const uint8_t* bad_key, const T* scores, int n) {
+    for (int c = 0; c < n; ++c) {
+      if (bad_key[c] && scores[c] != -T(INFINITY)) return true;
+    }
+    return false;
+  }
+
+  // Normalises and writes out and lse.
+  void finish(int64_t b, int64_t h, int64_t first, int rows, const Dropout& dropout, const QueryBlock<T>& block,
+              const SoftmaxRow<T>* softmax) const {
+    const Matrix out = matrix(p, p.out, b, h), lse = matrix(p, p.lse, b, h);
+    for (int i = 0; i < rows; ++i) {
+      SoftmaxRow<T> row = softmax[i];
+      const bool empty = row.l == 0;  // nothing to attend to, or only scores of -inf
+      if (row.poisoned && !empty) row.l = T(NAN);
+      store_row<T>(out, first + i, p.Dv, block.acc + i * ldv,
+                   empty ? T(0) : static_cast<T>(dropout.keep_scale) / row.l);
+      element<T>(lse, first + i) = empty ? -T(INFINITY) : row.m + log(row.l);
+    }
+  }
+};
+
+// A block of fewer scores than this is not worth waking a second thread, which takes about 1 us.
+template <class T>
+int useful_threads(const AttentionProblem& p) {
+  constexpr double kMinProducts = 1 << 17;
+  return static_cast<double>(p.B) * p.Hq * p.L * p.S * (p.D + p.Dv) < kMinProducts ? 1 : p.threads;
+}
+
+// Tasks per thread from which whole heads are dealt out; below that, a head's blocks are.
+constexpr int kHeadsPerThread = 4;
+
+template <class T>
+void attention_forward(const AttentionForward& p) {
+  const Forward<T> kernel(p);
+  const int threads = useful_threads<T>(p);
+  const int64_t kv_heads = p.B * p.Hkv, group = p.Hkv == 0 ? 0 : p.Hq / p.Hkv;
+  const int64_t blocks = (p.L + kQueryBlock - 1) / kQueryBlock;
+  const bool by_head = threads == 1 || kv_heads >= kHeadsPerThread * threads;
+
+  const int64_t packs = by_head ? smaller<int64_t>(threads, kv_heads) : kv_heads;
+  PackedKeys<T>* keys = nullptr;
+  QueryBlock<T>* buffers = nullptr;
+  const auto lay_out = [&](Carver carver) {
+    keys = carver.take<PackedKeys<T>>(packs);
+    buffers = carver.take<QueryBlock<T>>(threads);
+    for (int64_t i = 0; i < packs; ++i) {
+      const PackedKeys<T> piece(carver, p.S, p.D, kernel.ldv);
+      if (keys != nullptr) keys[i] = piece;
+    }
+    for (int i = 0; i < threads; ++i) {
+      const QueryBlock<T> piece(carver, kernel.ldq, kernel.ldv);
+      if (buffers != nullptr) buffers[i] = piece;
+    }
+    return carver.bytes;
+  };
+  lay_out({reserve_scratch(lay_out({nullptr}))});
+
+  const auto run_block = [&](int64_t kv, int64_t g, int64_t block, const PackedKeys<T>& packed, int worker) {
+    const int64_t first = block * kQueryBlock;
+    const int rows = static_cast<int>(smaller<int64_t>(kQueryBlock, p.L - first));
+    kernel.query_block(kv / p.Hkv, kv % p.Hkv * group + g, first, rows, packed, buffers[worker]);
+  };
+  if (by_head) {
+    parallel_for(threads, kv_heads, [&](int worker, int64_t kv) {
+      for (int64_t u = 0; u < kernel.units; ++u) kernel.pack_unit(kv / p.Hkv, kv % p.Hkv, u, keys[worker]);
+      for (int64_t i = 0; i < group * blocks; ++i) run_block(kv, i / blocks, i % blocks, keys[worker], worker);
+    });
+    return;
+  }
+  parallel_for(threads, kv_heads * kernel.units, [&](int, int64_t i) {
+    const int64_t kv = i / kernel.units;
+    kernel.pack_unit(kv / p.Hkv, kv % p.Hkv, i % kernel.units, keys[kv]);
+  });
+  // The last blocks first: under a causal mask they are the longest.
+  const int64_t heads = kv_heads * group;
+  parallel_for(threads, heads * blocks, [&](int worker, int64_t i) {
+    const int64_t head = i % heads;
+    run_block(head / group, head % group, blocks - 1 - i / heads, keys[head / group], worker);
+  });
+}

@@ -1,0 +1,70 @@
+// The attention kernels of one instruction set: compiled once per variant with that variant's flags (setup.py), into
+// the namespace PYATTN_VARIANT.
+//
+// Everything is in an anonymous namespace and no standard template is used, so that no weak symbol compiled for one
+// instruction set can replace another's at link time (tests/test_isa.py looks).
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <new>
+
+#if defined(__x86_64__) || defined(__i386__)
+// g++ 12 warns of the deliberately undefined operands inside its own AVX-512 intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "attention.h"
+
+namespace pyattn {
+namespace PYATTN_VARIANT {
+namespace {
+
+// Keys are packed, skipped, and summed over in units of this many: the grain at which masks pay. Every order of
+// summation is counted in units from key 0, which is what makes results independent of threads and batch.
+constexpr int kUnit = 64;
+
+#include "attention_bwd-inl.h"
+#include "attention_fwd-inl.h"
+#include "gemm_tile.h"
+#include "pack-inl.h"
+#include "philox.h"
+#include "scores-inl.h"
+#include "vec.h"
+
+void forward(const AttentionForward& p) {
+  if (p.q.dtype == Dtype::kFloat64) {
+    attention_forward<double>(p);
+  } else {
+    attention_forward<float>(p);
+  }
+  trim_scratch();
+}
+
+void backward(const AttentionBackward& p) {
+  if (p.q.dtype == Dtype::kFloat64) {
+    attention_backward<double>(p);
+  } else {
+    attention_backward<float>(p);
+  }
+  trim_scratch();
+}
+
+#define PYATTN_NAME(variant) PYATTN_STRING(variant)
+#define PYATTN_STRING(text) #text
+
+}  // namespace
+
+extern const AttentionKernels kAttention;
+const AttentionKernels kAttention = {PYATTN_NAME(PYATTN_VARIANT), forward, backward};
+
+}  // namespace PYATTN_VARIANT
+}  // namespace pyattn

@@ -1,0 +1,230 @@
+// The Python module pyattn._C: turns tensors into pointers, sizes and strides, and calls the kernels without the GIL.
+//
+// pyattn's Python layers have checked every call with messages meant for users; the checks here only make sure that no
+// argument, from wherever, lets a kernel touch memory that is not its own.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "signature.h"
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace pyattn {
+namespace {
+
+static_assert(kMaxBatchRank == TensorView::kMaxDims - 3, "every tensor that can be viewed can be attended");
+
+// [*batch, heads, rows, columns]
+struct Shape {
+  int rank = 0;
+  int64_t size[TensorView::kMaxDims];
+
+  Shape() = default;
+  Shape(const AttentionProblem& p, int64_t heads, int64_t rows, int64_t columns) : rank(p.batch_rank + 3) {
+    for (int d = 0; d < p.batch_rank; ++d) size[d] = p.batch_shape[d];
+    size[rank - 3] = heads;
+    size[rank - 2] = rows;
+    size[rank - 1] = columns;
+  }
+};
+
+std::string to_string(const int64_t* size, int rank) {
+  std::string text = "[";
+  for (int d = 0; d < rank; ++d) text += (d == 0 ? "" : ", ") + std::to_string(size[d]);
+  return text + "]";
+}
+
+void read(py::handle object, const char* name, TensorView& view) {
+  if (!is_tensor_like(object.ptr())) {
+    throw py::type_error(std::string(name) + " must be a tensor, not " + Py_TYPE(object.ptr())->tp_name);
+  }
+  if (!view.load(object.ptr())) throw py::error_already_set();
+  if (!view.on_cpu()) throw py::value_error(std::string(name) + " is not on the CPU");
+}
+
+Dtype floating_dtype(const TensorView& view, const char* name) {
+  if (view.has_dtype(dlpack::kDLFloat, 32)) return Dtype::kFloat32;
+  if (view.has_dtype(dlpack::kDLBfloat, 16)) return Dtype::kBFloat16;
+  if (view.has_dtype(dlpack::kDLFloat, 16)) return Dtype::kFloat16;
+  if (view.has_dtype(dlpack::kDLFloat, 64)) return Dtype::kFloat64;
+  throw py::type_error(std::string(name) + " must be float32, float64, bfloat16 or float16");
+}
+
+Dtype accumulation_dtype(Dtype dtype) { return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32; }
+
+// Sets `to`, checking the shape; `broadcast` allows missing leading dimensions and sizes of 1, which get stride 0.
+void set_tensor(const TensorView& view, const char* name, const Shape& shape, bool broadcast, Tensor& to) {
+  const int missing = shape.rank - view.ndim;
+  bool fits = broadcast ? missing >= 0 : missing == 0;
+  for (int d = 0; fits && d < view.ndim; ++d) {
+    fits = view.shape[d] == shape.size[missing + d] || (broadcast && view.shape[d] == 1);
+  }
+  if (!fits) {
+    throw py::value_error(std::string(name) + " has shape " + to_string(view.shape, view.ndim) +
+                          (broadcast ? ", which does not broadcast to " : ", expected ") +
+                          to_string(shape.size, shape.rank));
+  }
+  const auto stride = [&](int d) {
+    return d < missing || (broadcast && view.shape[d - missing] == 1) ? 0 : view.strides[d - missing];
+  };
+  to.data = view.data;
+  for (int d = 0; d < shape.rank - 3; ++d) to.batch[d] = stride(d);
+  to.head = stride(shape.rank - 3);
+  to.row = stride(shape.rank - 2);
+  to.col = stride(shape.rank - 1);
+}
+
+void bind_float(py::handle object, const char* name, Dtype dtype, const Shape& shape, bool broadcast, TensorView& view,
+                Tensor& to) {
+  read(object, name, view);
+  to.dtype = floating_dtype(view, name);
+  if (to.dtype != dtype) throw py::type_error(std::string(name) + " does not have the dtype that goes with q's");
+  set_tensor(view, name, shape, broadcast, to);
+  // The kernels take a missing pointer for a missing tensor; one of size 0 may have none and is never read.
+  static char empty;
+  if (to.data == nullptr) to.data = &empty;
+}
+
+// lse and its gradient: [*batch, heads, rows]
+void bind_rows(py::handle object, const char* name, const AttentionProblem& p, TensorView& view, Tensor& to) {
+  read(object, name, view);
+  if (view.ndim < TensorView::kMaxDims) {  // a last dimension of size 1 makes it a matrix like the others
+    view.shape[view.ndim] = 1;
+    view.strides[view.ndim] = 1;
+    ++view.ndim;
+  }
+  to.dtype = floating_dtype(view, name);
+  if (to.dtype != accumulation_dtype(p.q.dtype)) {
+    throw py::type_error(std::string(name) + " must be float32, or float64 for float64 inputs");
+  }
+  set_tensor(view, name, Shape(p, p.Hq, p.L, 1), false, to);
+}
+
+// Keeps what was read until the kernel has returned.
+struct ProblemViews {
+  TensorView q, k, v, bias, mask, seed;
+};
+
+// Fills all of the problem that forward and backward share.
+void bind_problem(py::handle q, py::handle k, py::handle v, py::handle bias, py::handle mask, py::handle seed,
+                  double scale, double dropout_p, bool causal, int64_t diagonal, int64_t prefix, int threads,
+                  ProblemViews& views, AttentionProblem& p) {
+  read(q, "q", views.q);
+  if (views.q.ndim < 3) {
+    throw py::value_error("q has shape " + to_string(views.q.shape, views.q.ndim) +
+                          ", expected [*batch, q_heads, q_len, head_dim]");
+  }
+  p.q.dtype = floating_dtype(views.q, "q");
+  p.batch_rank = views.q.ndim - 3;
+  for (int d = 0; d < p.batch_rank; ++d) p.B *= p.batch_shape[d] = views.q.shape[d];
+  p.Hq = views.q.shape[p.batch_rank];
+  p.L = views.q.shape[p.batch_rank + 1];
+  p.D = views.q.shape[p.batch_rank + 2];
+  set_tensor(views.q, "q", Shape(p, p.Hq, p.L, p.D), false, p.q);
+
+  read(v, "v", views.v);
+  if (views.v.ndim != views.q.ndim) throw py::value_error("v must have as many dimensions as q");
+  p.Hkv = views.v.shape[p.batch_rank];
+  p.S = views.v.shape[p.batch_rank + 1];
+  p.Dv = views.v.shape[p.batch_rank + 2];
+  p.v.dtype = floating_dtype(views.v, "v");
+  if (p.v.dtype != p.q.dtype) throw py::type_error("v does not have the dtype of q");
+  set_tensor(views.v, "v", Shape(p, p.Hkv, p.S, p.Dv), false, p.v);
+  if (p.Hkv == 0 ? p.Hq != 0 : p.Hq % p.Hkv != 0) {
+    throw py::value_error("q has " + std::to_string(p.Hq) + " heads, not a multiple of the " + std::to_string(p.Hkv) +
+                          " of k and v");
+  }
+  bind_float(k, "k", p.q.dtype, Shape(p, p.Hkv, p.S, p.D), false, views.k, p.k);
+  if (!bias.is_none()) bind_float(bias, "bias", p.q.dtype, Shape(p, p.Hq, p.L, p.S), true, views.bias, p.bias);
+  if (!mask.is_none()) {
+    read(mask, "mask", views.mask);
+    if (!views.mask.has_dtype(dlpack::kDLBool, 8)) throw py::type_error("mask must be a bool tensor");
+    set_tensor(views.mask, "mask", Shape(p, p.Hq, p.L, p.S), true, p.mask);
+  }
+  if (!(dropout_p >= 0 && dropout_p <= 1)) throw py::value_error("dropout_p must be between 0 and 1");
+  if (dropout_p > 0) {
+    if (seed.is_none()) throw py::value_error("dropout needs a seed");
+    read(seed, "seed", views.seed);
+    if (views.seed.ndim != 0 || !views.seed.has_dtype(dlpack::kDLInt, 64)) {
+      throw py::type_error("seed must be an int64 tensor without dimensions");
+    }
+    p.seed = static_cast<uint64_t>(*views.seed.data_as<int64_t>());
+  }
+  p.scale = scale;
+  p.dropout_p = dropout_p;
+  p.causal = causal;
+  p.diagonal = diagonal;
+  p.prefix = prefix;
+  p.threads = threads > 1 ? threads : 1;
+}
+
+void attention_forward(py::handle q, py::handle k, py::handle v, py::handle bias, py::handle mask, py::handle seed,
+                       py::handle out, py::handle lse, double scale, double dropout_p, bool causal, int64_t diagonal,
+                       int64_t prefix, int threads) {
+  AttentionForward p;
+  ProblemViews views;
+  TensorView out_view, lse_view;
+  bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
+  bind_float(out, "out", p.q.dtype, Shape(p, p.Hq, p.L, p.Dv), false, out_view, p.out);
+  bind_rows(lse, "lse", p, lse_view, p.lse);
+  const AttentionKernels& kernels = attention_kernels();
+  const py::gil_scoped_release release;
+  kernels.forward(p);
+}
+
+void attention_backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle out,
+                        py::handle lse, py::handle bias, py::handle mask, py::handle seed, py::handle dq, py::handle dk,
+                        py::handle dv, py::handle dbias, double scale, double dropout_p, bool causal, int64_t diagonal,
+                        int64_t prefix, int threads) {
+  AttentionBackward p;
+  ProblemViews views;
+  TensorView dout_view, dlse_view, out_view, lse_view, dq_view, dk_view, dv_view, dbias_view;
+  bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
+  const Dtype dtype = p.q.dtype;
+  bind_float(dout, "do", dtype, Shape(p, p.Hq, p.L, p.Dv), false, dout_view, p.dout);
+  if (!dlse.is_none()) bind_rows(dlse, "dlse", p, dlse_view, p.dlse);
+  bind_float(out, "out", dtype, Shape(p, p.Hq, p.L, p.Dv), false, out_view, p.out);
+  bind_rows(lse, "lse", p, lse_view, p.lse);
+  bind_float(dq, "dq", dtype, Shape(p, p.Hq, p.L, p.D), false, dq_view, p.dq);
+  bind_float(dk, "dk", dtype, Shape(p, p.Hkv, p.S, p.D), false, dk_view, p.dk);
+  bind_float(dv, "dv", dtype, Shape(p, p.Hkv, p.S, p.Dv), false, dv_view, p.dv);
+  if (!dbias.is_none()) {
+    if (bias.is_none()) throw py::value_error("dbias is given without bias");
+    bind_float(dbias, "dbias", dtype, Shape(p, p.Hq, p.L, p.S), true, dbias_view, p.dbias);
+    bool same = dbias_view.ndim == views.bias.ndim;
+    for (int d = 0; same && d < views.bias.ndim; ++d) same = dbias_view.shape[d] == views.bias.shape[d];
+    if (!same) throw py::value_error("dbias does not have the shape of bias");
+    if (dbias_view.numel() == 0) p.dbias.data = nullptr;
+  }
+  const AttentionKernels& kernels = attention_kernels();
+  const py::gil_scoped_release release;
+  kernels.backward(p);
+}
+
+}  // namespace
+}  // namespace pyattn
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "pyattn's C++ core";
+  if (!pyattn::add_signature(m.ptr())) throw py::error_already_set();
+
+  m.def("attention_forward", &pyattn::attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("bias"),
+        py::arg("mask"), py::arg("seed"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("dropout_p"),
+        py::arg("causal"), py::arg("diagonal"), py::arg("prefix"), py::arg("threads"),
+        "Fills out and lse; see pyattn.reference.attention_forward for what they are.");
+  m.def("attention_backward", &pyattn::attention_backward, py::arg("do"), py::arg("dlse"), py::arg("q"), py::arg("k"),
+        py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("bias"), py::arg("mask"), py::arg("seed"), py::arg("dq"),
+        py::arg("dk"), py::arg("dv"), py::arg("dbias"), py::arg("scale"), py::arg("dropout_p"), py::arg("causal"),
+        py::arg("diagonal"), py::arg("prefix"), py::arg("threads"),
+        "Fills dq, dk, dv and dbias; see pyattn.reference.attention_backward for what they are.");
+  m.def(
+      "isa", [] { return std::string(pyattn::attention_kernels().isa); },
+      "The kernel variant in use: the best available, or the one that PYATTN_ISA names.");
+  m.def("compiled_isas", &pyattn::compiled_isas, "The variants of this build, best first.");
+  m.def("available_isas", &pyattn::available_isas, "Those of them that this machine can run, best first.");
+}

@@ -1,0 +1,249 @@
+// Reading and writing tensors: rows of any storage type and stride to and from buffers of the compute type.
+
+// The matrix of one (batch, head) of a tensor.
+struct Matrix {
+  char* data;
+  int64_t row, col;
+  Dtype dtype;
+};
+
+PYATTN_INLINE int64_t element_size(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// Elements from the start of `tensor` to its matrix (b, h), b being the flat batch index.
+inline int64_t matrix_offset(const AttentionProblem& p, const Tensor& tensor, int64_t b, int64_t h) {
+  int64_t offset = h * tensor.head;
+  for (int d = p.batch_rank - 1; d >= 0; --d) {
+    offset += b % p.batch_shape[d] * tensor.batch[d];
+    b /= p.batch_shape[d];
+  }
+  return offset;
+}
+
+inline Matrix matrix(const AttentionProblem& p, const Tensor& tensor, int64_t b, int64_t h) {
+  char* data = static_cast<char*>(tensor.data) + matrix_offset(p, tensor, b, h) * element_size(tensor.dtype);
+  return {data, tensor.row, tensor.col, tensor.dtype};
+}
+
+// Calls f with `data` as a pointer to its storage type: double for T = double, else float, BFloat16 or Float16.
+template <class T, class F>
+PYATTN_INLINE auto with_storage(Dtype dtype, char* data, const F& f) {
+  if constexpr (sizeof(T) == 8) {
+    return f(reinterpret_cast<double*>(data));
+  } else if (dtype == Dtype::kBFloat16) {
+    return f(reinterpret_cast<BFloat16*>(data));
+  } else if (dtype == Dtype::kFloat16) {
+    return f(reinterpret_cast<Float16*>(data));
+  } else {
+    return f(reinterpret_cast<float*>(data));
+  }
+}
+
+// n <= kWidth elements, `stride` apart; the other lanes are 0.
+template <class T, class S>
+PYATTN_INLINE Vec<T> load_some(const S* p, int64_t stride, int64_t n) {
+  if (stride == 1 && n == kWidth<T>) return load(p);
+  S lanes[kWidth<T>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i * stride];
+  return load(lanes);
+}
+template <class T, class S>
+PYATTN_INLINE void store_some(S* p, int64_t stride, int64_t n, Vec<T> x) {
+  if (stride == 1 && n == kWidth<T>) return store(p, x);
+  S lanes[kWidth<T>];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i * stride] = lanes[i];
+}
+
+template <class T>
+PYATTN_INLINE int64_t lanes_left(int64_t n, int64_t i) {
+  return n - i < kWidth<T> ? n - i : kWidth<T>;
+}
+
+// Leading dimension for rows of n elements: whole vectors, and no multiple of 256 bytes, so that a column walked down
+// by the micro-kernel does not fall on a few sets of the L1 cache.
+template <class T>
+PYATTN_INLINE int64_t padded(int64_t n) {
+  return (n + kWidth<T> - 1) / kWidth<T> * kWidth<T>;
+}
+template <class T>
+PYATTN_INLINE int64_t leading_dimension(int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t lines = (padded<T>(n) + kLine - 1) / kLine;
+  return lines % 4 == 0 ? (lines + 1) * kLine : padded<T>(n);
+}
+
+// A sum that is 0 as long as everything added to it was finite, and NaN from then on.
+template <class T>
+struct FiniteCheck {
+  Vec<T> sum = {};
+  PYATTN_INLINE void add(Vec<T> x) { sum += x * T(0); }
+  PYATTN_INLINE bool all_finite() const { return reduce_add<T>(sum) == 0; }
+};
+
+// to[i][c] = from[first + i][c], zeros from `columns` to the next whole vector. Returns whether all are finite.
+template <class T>
+bool pack_rows(const Matrix& from, int64_t first, int64_t rows, int64_t columns, T* to, int64_t ld) {
+  return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
+    FiniteCheck<T> check;
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto* row = data + (first + i) * from.row;
+      for (int64_t c = 0; c < columns; c += kWidth<T>) {
+        const Vec<T> x = load_some<T>(row + c * from.col, from.col, lanes_left<T>(columns, c));
+        check.add(x);
+        store(to + i * ld + c, x);
+      }
+    }
+    return check.all_finite();
+  });
+}
+
+// The transpose of `keys` <= kUnit rows of `depth` elements, times `factor`, in panels [panel][depth][kPanel] with
+// zeros from `keys` to the next whole vector. Returns whether all elements read are finite.
+template <class T>
+bool pack_transposed(const Matrix& from, int64_t first, int64_t keys, int64_t depth, T factor, T* to) {
+  return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
+    constexpr int W = kWidth<T>;
+    FiniteCheck<T> check;
+    for (int64_t key = 0; key < keys; key += W) {
+      T* panel = to + key / kPanel<T> * kPanel<T> * depth + key % kPanel<T>;
+      const int64_t count = lanes_left<T>(keys, key);
+      for (int64_t d = 0; d < depth; d += W) {
+        const int64_t width = lanes_left<T>(depth, d);
+        Vec<T> block[W] = {};
+        for (int i = 0; i < W; ++i) {
+          if (i >= count) break;
+          block[i] = load_some<T>(data + (first + key + i) * from.row + d * from.col, from.col, width);
+          check.add(block[i]);
+          block[i] *= factor;
+        }
+        transpose<T>(block);
+        for (int i = 0; i < W; ++i) {
+          if (i >= width) break;
+          store(panel + (d + i) * kPanel<T>, block[i]);
+        }
+      }
+    }
+    return check.all_finite();
+  });
+}
+
+// Zeroes key c of a unit packed by pack_transposed.
+template <class T>
+void clear_packed_key(T* unit, int64_t c, int64_t depth) {
+  T* panel = unit + c / kPanel<T> * kPanel<T> * depth + c % kPanel<T>;
+  for (int64_t d = 0; d < depth; ++d) panel[d * kPanel<T>] = 0;
+}
+
+// Whether one row of a matrix is finite.
+template <class T>
+bool row_is_finite(const Matrix& from, int64_t i, int64_t columns) {
+  return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
+    FiniteCheck<T> check;
+    for (int64_t c = 0; c < columns; c += kWidth<T>) {
+      check.add(load_some<T>(data + i * from.row + c * from.col, from.col, lanes_left<T>(columns, c)));
+    }
+    return check.all_finite();
+  });
+}
+
+// to[i][:] = factor * from[:], rounded once to the storage type.
+template <class T>
+void store_row(const Matrix& to, int64_t i, int64_t columns, const T* from, T factor) {
+  with_storage<T>(to.dtype, to.data, [&](auto* data) {
+    auto* row = data + i * to.row;
+    for (int64_t c = 0; c < columns; c += kWidth<T>) {
+      store_some<T>(row + c * to.col, to.col, lanes_left<T>(columns, c), load(from + c) * factor);
+    }
+  });
+}
+
+// Sum over c of from[i][c] * x[c]; x is padded with zeros to a whole vector.
+template <class T>
+T dot_row(const Matrix& from, int64_t i, int64_t columns, const T* x) {
+  return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
+    Vec<T> sum = {};
+    for (int64_t c = 0; c < columns; c += kWidth<T>) {
+      sum += load_some<T>(data + i * from.row + c * from.col, from.col, lanes_left<T>(columns, c)) * load(x + c);
+    }
+    return reduce_add<T>(sum);
+  });
+}
+
+// Element (i, 0) of a matrix stored in the compute type: lse, dlse.
+template <class T>
+PYATTN_INLINE T& element(const Matrix& m, int64_t i) {
+  return reinterpret_cast<T*>(m.data)[i * m.row];
+}
+
+template <class T>
+PYATTN_INLINE T smaller(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+PYATTN_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+template <class T>
+PYATTN_INLINE T clamp(T x, T low, T high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// Hands out aligned pieces of one allocation. Run over a layout twice: with no memory it counts the bytes.
+struct Carver {
+  char* memory;
+  int64_t bytes = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(memory + bytes);
+    bytes += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return memory == nullptr ? nullptr : piece;
+  }
+};
+
+// Scratch of the calling thread, kept for its next call: memory fresh from the system costs a page fault per 4 KB,
+// which at small sizes is more than the arithmetic. At most kKeptScratch bytes stay with a thread; a call that needs
+// more pays for it anew, and does so much work that it does not show.
+constexpr int64_t kKeptScratch = 32 << 20;
+
+struct ScratchMemory {
+  char* memory = nullptr;
+  int64_t bytes = 0;
+
+  ~ScratchMemory() { release(); }
+  void release() {
+    ::operator delete(memory, std::align_val_t(64));
+    memory = nullptr;
+    bytes = 0;
+  }
+};
+thread_local ScratchMemory scratch;
+
+// At least `bytes` bytes, valid until the next call; throws std::bad_alloc.
+inline char* reserve_scratch(int64_t bytes) {
+  if (bytes > scratch.bytes) {
+    scratch.release();
+    scratch.memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)));
+    scratch.bytes = bytes;
+  }
+  return scratch.memory;
+}
+inline void trim_scratch() {
+  if (scratch.bytes > kKeptScratch) scratch.release();
+}
+
+// body(worker, i) for i < n, worker < threads being the index of the thread that runs it; in order of i if threads
+// == 1. body must not throw, nor must the result depend on the order.
+template <class F>
+void parallel_for(int threads, int64_t n, const F& body) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) body(omp_get_thread_num(), i);
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) body(0, i);
+}

@@ -1,0 +1,112 @@
+// What stands between a product q k^T and the softmax: which keys a query sees, and what is added to its scores.
+// Forward and backward both pass every row of scores through here, so a new kind of mask or score needs no other place:
+// bounds that follow from a row's index go into Visibility::row_end, element tests into Visibility::tile_state and
+// hide_masked, functions of the score into ScoreMaker::finish.
+
+enum class Open : uint8_t { kNone, kSome, kAll };
+
+// Which keys the queries of one (batch, head) see.
+struct Visibility {
+  int64_t S;
+  bool causal;
+  int64_t diagonal, prefix;
+  const uint8_t* mask;  // nullptr: no bool mask
+  int64_t mask_row, mask_col;
+
+  Visibility(const AttentionProblem& p, int64_t b, int64_t h)
+      : S(p.S),
+        causal(p.causal),
+        diagonal(p.diagonal),
+        prefix(p.prefix),
+        mask(nullptr),
+        mask_row(p.mask.row),
+        mask_col(p.mask.col) {
+    if (p.mask.data != nullptr) mask = static_cast<const uint8_t*>(p.mask.data) + matrix_offset(p, p.mask, b, h);
+  }
+
+  // Query i sees no key from row_end(i) on; it never decreases with i.
+  int64_t row_end(int64_t i) const { return causal ? clamp<int64_t>(larger(i + diagonal + 1, prefix), 0, S) : S; }
+  // The first query with row_end > key; key < S.
+  int64_t first_row(int64_t key) const { return !causal || key < prefix ? 0 : larger<int64_t>(0, key - diagonal); }
+
+  // What the bool mask leaves of a tile. Read when the tile comes up: one byte against the 4 * head_dim and more
+  // operations of a score, so summaries kept from head to head would save nothing.
+  Open tile_state(int64_t first_query, int64_t rows, int64_t first_key, int64_t keys) const {
+    if (mask == nullptr) return Open::kAll;
+    uint8_t any = 0, hidden = 0;
+    for (int64_t i = 0; i < (mask_row == 0 ? 1 : rows); ++i) {
+      const uint8_t* row = mask + (first_query + i) * mask_row + first_key * mask_col;
+      if (mask_col == 1) {
+        for (int64_t c = 0; c < keys; ++c) any |= row[c], hidden |= row[c] == 0;
+      } else {
+        for (int64_t c = 0; c < keys; ++c) any |= row[c * mask_col], hidden |= row[c * mask_col] == 0;
+      }
+      if (any && hidden) return Open::kSome;
+    }
+    return any ? Open::kAll : Open::kNone;
+  }
+
+  template <class T>
+  void hide_masked(int64_t query, int64_t first_key, int64_t keys, T* scores) const {
+    const uint8_t* row = mask + query * mask_row + first_key * mask_col;
+    for (int64_t c = 0; c < keys; ++c) {
+      if (row[c * mask_col] == 0) scores[c] = -T(INFINITY);
+    }
+  }
+};
+
+// scores[c] += bias[query][first_key + c]
+template <class T>
+void add_bias(const Matrix& bias, int64_t query, int64_t first_key, int64_t keys, T* scores) {
+  with_storage<T>(bias.dtype, bias.data, [&](const auto* data) {
+    const auto* row = data + query * bias.row + first_key * bias.col;
+    for (int64_t c = 0; c < keys; c += kWidth<T>) {
+      const Vec<T> x = load_some<T>(row + c * bias.col, bias.col, lanes_left<T>(keys, c));
+      store(scores + c, load(scores + c) + x);
+    }
+  });
+}
+
+// The scores of one (batch, head) as everything between product and softmax leaves them.
+template <class T>
+struct ScoreMaker {
+  Visibility visible;
+  bool has_bias;
+  Matrix bias;
+
+  ScoreMaker(const AttentionProblem& p, int64_t b, int64_t h)
+      : visible(p, b, h), has_bias(p.bias.data != nullptr), bias(has_bias ? matrix(p, p.bias, b, h) : Matrix{}) {}
+
+  // Finishes scores[c] = scale q.k of one query and the keys first_key + c of a unit. `state` is the tile's;
+  // scores has room for whole vectors.
+  void finish(int64_t query, int64_t first_key, int64_t keys, Open state, T* scores) const {
+    if (has_bias) add_bias(bias, query, first_key, keys, scores);
+    if (state == Open::kSome) visible.hide_masked(query, first_key, keys, scores);
+  }
+};
+
+// Dropout of one (batch, head).
+struct Dropout {
+  bool on;
+  uint32_t threshold;  // an element stays iff its word is at least this
+  double keep_scale;   // of what stays; with p = 1 it is 0, and so is everything
+  PhiloxRow row;
+
+  Dropout(const AttentionProblem& p, int64_t b, int64_t h)
+      : on(p.dropout_p > 0),
+        threshold(p.dropout_p < 1 ? static_cast<uint32_t>(p.dropout_p * 0x1p32) : UINT32_MAX),
+        keep_scale(scale(p)),
+        row{p.seed, 0, static_cast<uint32_t>(h), static_cast<uint32_t>(b)} {}
+
+  static double scale(const AttentionProblem& p) { return p.dropout_p < 1 ? 1 / (1 - p.dropout_p) : 0; }
+
+  // The words of one query and the keys of a unit.
+  void draw(int64_t query, int64_t first_key, uint32_t* words) const {
+    philox_words({row.seed, static_cast<uint32_t>(query), row.head, row.batch}, first_key, words);
+  }
+  // Zeroes the dropped ones of `keys` values; a NaN stays one, as in the definition's product with 0.
+  template <class T>
+  void drop(const uint32_t* words, int keys, T* values) const {
+    for (int c = 0; c < keys; ++c) values[c] *= words[c] >= threshold ? T(1) : T(0);
+  }
+};
