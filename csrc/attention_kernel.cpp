@@ -32,13 +32,16 @@ namespace {
 // summation is counted in units from key 0, which is what makes results independent of threads and batch.
 constexpr int kUnit = 64;
 
-#include "attention_bwd-inl.h"
-#include "attention_fwd-inl.h"
+// Each uses the ones before it.
+// clang-format off
+#include "vec.h"
+#include "philox.h"
 #include "gemm_tile.h"
 #include "pack-inl.h"
-#include "philox.h"
 #include "scores-inl.h"
-#include "vec.h"
+#include "attention_fwd-inl.h"
+#include "attention_bwd-inl.h"
+// clang-format on
 
 void forward(const AttentionForward& p) {
   if (p.q.dtype == Dtype::kFloat64) {
