@@ -1,0 +1,242 @@
+"""What is measured: for each op its inputs, the routes a user can take to the result, the truth, and the work in it.
+
+A case is one point of the grid. The other files know cases only by the `Case` protocol, so an op joins the benchmarks
+by a class of that form and a line in `SUITES`.
+
+The work is what the definition asks for, not what an implementation does: only the (query, key) pairs that the mask
+lets see each other count, and every route is charged the same. A route that computes hidden scores to throw them away
+shows a lower rate.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from timing import Variant
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pyattn
+import pyattn.reference
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+MASKS = ("full", "causal", "padding")
+DIRECTIONS = FORWARD, TRAINING = ("forward", "forward+backward")
+
+# The keys of a case's routes that have a part of their own: ours, and the one whose error bounds ours.
+PYATTN, YARDSTICK = "pyattn", "sdpa"
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+Shape = tuple[int, ...]
+
+
+class Route(NamedTuple):
+    """One way to the result: called with the inputs, inside its context."""
+
+    call: Callable[..., Tensor]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+class Case(Protocol):
+    """What the benchmark asks of a point of the grid. Names of dtype and mask are keys of `DTYPES` and `MASKS`."""
+
+    op: str
+    dtype: str
+    mask: str
+    shape: Shape
+    results: tuple[str, ...]  # names of what `truth` returns: the output, then the gradient of each input
+
+    def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
+        """The inputs and the gradient of the output, in the case's dtype."""
+
+    def truth(self, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+        """The results in float64."""
+
+    def routes(self, device: str) -> dict[str, Route]: ...
+    def flops(self, direction: str) -> int: ...
+    def bytes(self, direction: str) -> int: ...
+
+    def smallest(self) -> "Case":
+        """The same problem at a size that costs nothing: it loads the code of a call without its memory."""
+
+
+def variants(case: Case, routes: Mapping[str, Route], direction: str, device: str) -> dict[str, Variant]:
+    """The calls to be timed: inference, or forward and backward through autograd, as a user calls them. All share one
+    set of tensors: even where a tensor lies in memory can change a time by more than two routes differ."""
+    inputs, grad_out = case.inputs(seed=0, device=device)
+    if direction == FORWARD:
+        return {name: Variant(partial(r.call, *inputs), partial(_inference, r)) for name, r in routes.items()}
+    leaves = [x.requires_grad_() for x in inputs]
+    return {name: Variant(partial(_training, r, leaves, grad_out), r.context) for name, r in routes.items()}
+
+
+def _training(route: Route, leaves: Sequence[Tensor], grad_out: Tensor) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+    route.call(*leaves).backward(grad_out)
+
+
+@contextmanager
+def _inference(route: Route) -> Iterator[None]:
+    with torch.inference_mode(), route.context():
+        yield
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Self-attention on contiguous (B, H, S, D): no mask, causal, or half of the keys padding (a bool mask).
+
+    The padding is ragged: sample b of B has round(S (2b + 1) / 2B) real tokens, so from sample to sample the lengths
+    rise evenly and their mean is S / 2. Padded queries are computed like any other, as every route does.
+    """
+
+    dtype: str
+    mask: str
+    shape: Shape  # (B, H, S, D)
+    op: str = "attention"
+    results: tuple[str, ...] = ("out", "dq", "dk", "dv")
+
+    def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
+        # Drawn on the CPU, so that every device gets the same numbers.
+        generator = torch.Generator().manual_seed(seed)
+        q, k, v, grad_out = (
+            torch.randn(self.shape, generator=generator).to(device, DTYPES[self.dtype]) for _ in range(4)
+        )
+        return [q, k, v], grad_out
+
+    def truth(self, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+        q, k, v, do = (x.double() for x in (*inputs, grad_out))
+        problem = {"mask": self._padding(q.device.type), "scale": self._scale, "causal": self.mask == "causal"}
+        out, _ = pyattn.reference.attention_forward(q, k, v, **problem)
+        dq, dk, dv, _ = pyattn.reference.attention_backward(do, None, q, k, v, **problem)
+        return [out, dq, dk, dv]
+
+    def routes(self, device: str) -> dict[str, Route]:
+        """pyattn; torch's SDPA as it chooses for itself and, on a GPU, with each backend forced; and the formula."""
+        padding, causal = self._padding(device), self.mask == "causal"
+        sdpa = partial(F.scaled_dot_product_attention, attn_mask=padding, is_causal=causal)
+        forced = SDPA_BACKENDS if device == "cuda" else {}
+        return {
+            PYATTN: Route(partial(pyattn.attention, mask=pyattn.Causal() if causal else padding)),
+            YARDSTICK: Route(sdpa),
+            **{name: Route(sdpa, partial(sdpa_kernel, backend)) for name, backend in forced.items()},
+            "formula": Route(partial(_formula, scale=self._scale, bias=self._bias(device))),
+        }
+
+    def flops(self, direction: str) -> int:
+        """Per head and visible pair: q.k and the pair's part of P V, each D multiply-adds, make 4 D in the forward.
+        The backward's five products (the scores again, dP, dV, dQ, dK) make 10 D. The softmax is left out, as usual.
+        """
+        heads, head_dim = self.shape[1], self.shape[3]
+        return (4 if direction == FORWARD else 14) * heads * head_dim * self.visible_pairs
+
+    def bytes(self, direction: str) -> int:
+        """What has to cross memory once: q, k, v and out; backward too, q, k, v, out, do and dq, dk, dv (8 more) and
+        the log-sum-exp in fp32, written and read. It is reached when everything else stays in cache."""
+        tensor = math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        lse = math.prod(self.shape[:3]) * torch.float32.itemsize
+        return 4 * tensor if direction == FORWARD else 12 * tensor + 2 * lse
+
+    def smallest(self) -> "Attention":
+        return replace(self, shape=(1, 1, 2, self.shape[3]))
+
+    @property
+    def visible_pairs(self) -> int:
+        """(query, key) pairs of one head that see each other, summed over the batch: S^2 per sample; causal, the
+        triangle with its diagonal; padding, every query with each real token."""
+        batch, _, length, _ = self.shape
+        if self.mask == "causal":
+            return batch * length * (length + 1) // 2
+        return length * sum(self._lengths if self.mask == "padding" else [length] * batch)
+
+    @property
+    def _scale(self) -> float:
+        return 1 / math.sqrt(self.shape[3])
+
+    @property
+    def _lengths(self) -> list[int]:
+        batch, length = self.shape[0], self.shape[2]
+        return [max(1, round(length * (2 * b + 1) / (2 * batch))) for b in range(batch)]
+
+    def _padding(self, device: str) -> Tensor | None:
+        """bool [B, 1, 1, S], True = attend."""
+        if self.mask != "padding":
+            return None
+        lengths = torch.tensor(self._lengths, device=device).view(-1, 1, 1, 1)
+        return torch.arange(self.shape[2], device=device) < lengths
+
+    def _bias(self, device: str) -> Tensor | None:
+        """The mask as the formula takes it fastest, 0 or -inf to be added: measured beside masked_fill, whose backward
+        costs another pass (EPYC Zen 3, fp32 (1,12,512,64), forward + backward: 56 against 70 ms)."""
+        visible = self._padding(device)
+        if self.mask == "causal":
+            visible = torch.ones(self.shape[2], self.shape[2], dtype=torch.bool, device=device).tril()
+        if visible is None:
+            return None
+        return torch.zeros(visible.shape, device=device, dtype=DTYPES[self.dtype]).masked_fill(~visible, -math.inf)
+
+
+def _formula(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None) -> Tensor:
+    """Attention as one writes it in eager mode, with the two savings that cost nothing: q is scaled instead of the
+    longer scores, and the mask is added in place."""
+    scores = (q * scale) @ k.mT
+    if bias is not None:
+        scores += bias
+    return scores.softmax(-1) @ v
+
+
+# 12 heads of 64 are BERT-base and its kin, from a short sentence to a full context; 77 is CLIP's text and 197 a vision
+# transformer's 14 x 14 patches with its class token, both primes to every tile; (1,16,257,80) is ViT-H's head_dim.
+SHAPES: tuple[Shape, ...] = (
+    (1, 12, 16, 64),
+    (1, 12, 32, 64),
+    (1, 12, 77, 64),
+    (1, 12, 128, 64),
+    (8, 12, 128, 64),
+    (2, 3, 197, 64),
+    (1, 16, 257, 80),
+    (1, 12, 512, 64),
+    (4, 12, 512, 64),
+    (1, 4, 1024, 64),
+    (1, 1, 4096, 64),
+    (1, 8, 1024, 32),
+    (1, 4, 1024, 128),
+    (1, 2, 1024, 256),
+)
+TINY: Shape = (1, 1, 1, 8)  # its time is the cost of a call
+
+# float64 serves gradient checks rather than models: two points show that it is no afterthought.
+GRID = {"fp32": SHAPES, "bf16": SHAPES, "fp16": SHAPES, "fp64": ((1, 12, 128, 64), (1, 12, 512, 64))}
+
+# Without bf16 instructions torch takes half a second for one backward at S = 512, so the minute allows it in fp32 only.
+QUICK_SHAPES: tuple[Shape, ...] = ((1, 12, 32, 64), (1, 12, 128, 64))
+QUICK_GRID = {"fp32": (*QUICK_SHAPES, (2, 3, 197, 64), (1, 12, 512, 64)), "bf16": QUICK_SHAPES, "fp16": QUICK_SHAPES}
+
+
+def attention_suite(
+    shapes: Sequence[Shape] | None, dtypes: Sequence[str] | None, masks: Sequence[str] | None, quick: bool
+) -> list[Case]:
+    """The grid, or the part of it that is asked for; shapes asked for need not be on it."""
+    grid = QUICK_GRID if quick else GRID
+    cases = [
+        Attention(dtype, mask, shape)
+        for dtype in dtypes or grid
+        for mask in masks or MASKS
+        for shape in shapes or grid.get(dtype, ())
+    ]
+    tiny = [] if shapes else [Attention(dtype, "full", TINY) for dtype in dtypes or ["fp32"]]
+    return [*cases, *tiny]
+
+
+SUITES = {"attention": attention_suite}
