@@ -1,4 +1,4 @@
-"""What every test runs under: warnings as errors (pyproject.toml), two threads, and buffers full of NaN.
+"""What every test runs under: warnings as errors (pyproject.toml), one thread, and buffers full of NaN.
 
 Hypothesis profiles: "default" is fixed, for a plain `pytest` and CI; "isa" is a smaller one for each further
 instruction set (test_isa.py); "large" draws anew each time: `pytest --hypothesis-profile=large`.
