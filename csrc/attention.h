@@ -47,7 +47,7 @@ struct AttentionProblem {
 
 struct AttentionForward : AttentionProblem {
   Tensor out;
-  Tensor lse;  // natural log; float32 (float64 for float64 inputs); its col stride is not used
+  Tensor lse;  // optional; natural log; float32 (float64 for float64 inputs); its col stride is not used
 };
 
 struct AttentionBackward : AttentionProblem {

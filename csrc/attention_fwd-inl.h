@@ -238,14 +238,15 @@ struct Forward {
   // Normalises and writes out and lse.
   void finish(int64_t b, int64_t h, int64_t first, int rows, const Dropout& dropout, const QueryBlock<T>& block,
               const SoftmaxRow<T>* softmax) const {
-    const Matrix out = matrix(p, p.out, b, h), lse = matrix(p, p.lse, b, h);
+    const Matrix out = matrix(p, p.out, b, h);
     for (int i = 0; i < rows; ++i) {
       SoftmaxRow<T> row = softmax[i];
       const bool empty = row.l == 0;  // nothing to attend to, or only scores of -inf
       if (row.poisoned && !empty) row.l = T(NAN);
       store_row<T>(out, first + i, p.Dv, block.acc + i * ldv,
                    empty ? T(0) : static_cast<T>(dropout.keep_scale) / row.l);
-      element<T>(lse, first + i) = empty ? -T(INFINITY) : row.m + log(row.l);
+      if (p.lse.data == nullptr) continue;
+      element<T>(matrix(p, p.lse, b, h), first + i) = empty ? -T(INFINITY) : row.m + log(row.l);
     }
   }
 };

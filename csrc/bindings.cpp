@@ -171,7 +171,7 @@ void attention_forward(py::handle q, py::handle k, py::handle v, py::handle bias
   TensorView out_view, lse_view;
   bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
   bind_float(out, "out", p.q.dtype, Shape(p, p.Hq, p.L, p.Dv), false, out_view, p.out);
-  bind_rows(lse, "lse", p, lse_view, p.lse);
+  if (!lse.is_none()) bind_rows(lse, "lse", p, lse_view, p.lse);
   const AttentionKernels& kernels = attention_kernels();
   const py::gil_scoped_release release;
   kernels.forward(p);
@@ -216,7 +216,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_forward", &pyattn::attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("bias"),
         py::arg("mask"), py::arg("seed"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("dropout_p"),
         py::arg("causal"), py::arg("diagonal"), py::arg("prefix"), py::arg("threads"),
-        "Fills out and lse; see pyattn.reference.attention_forward for what they are.");
+        "Fills out and, unless it is None, lse; see pyattn.reference.attention_forward for what they are.");
   m.def("attention_backward", &pyattn::attention_backward, py::arg("do"), py::arg("dlse"), py::arg("q"), py::arg("k"),
         py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("bias"), py::arg("mask"), py::arg("seed"), py::arg("dq"),
         py::arg("dk"), py::arg("dv"), py::arg("dbias"), py::arg("scale"), py::arg("dropout_p"), py::arg("causal"),

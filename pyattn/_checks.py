@@ -56,9 +56,8 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
                 f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}; {name}.to(query.dtype) converts"
             )
     if bias is not None and bias.dtype not in (query.dtype, accumulation_dtype(query.dtype)):
-        raise DtypeError(
-            f"bias: expected query's dtype {query.dtype} or the scores' {accumulation_dtype(query.dtype)}, got {bias.dtype}"
-        )
+        scores_dtype = accumulation_dtype(query.dtype)
+        raise DtypeError(f"bias: expected query's dtype {query.dtype} or the scores' {scores_dtype}, got {bias.dtype}")
     for name, tensor in (("key", key), ("value", value), ("bias", bias), ("mask", mask)):
         if tensor is not None and tensor.device != query.device:
             raise DeviceError(f"{name}: expected query's device {query.device}, got {tensor.device}")
@@ -113,14 +112,11 @@ def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int]) -> None:
             )
 
 
-def check_dropout_p(dropout_p: float) -> None:
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-
-
-def check_scale(scale: float) -> None:
+def check_numbers(scale: float, dropout_p: float) -> None:
     if not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
 def check_seed(seed: Tensor | None, query: Tensor, dropout_p: float) -> None:

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
-from ._checks import DTYPES
 from ._problem import AttentionConfig, Operands, empty_lse, empty_out, kernel_arguments
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -39,10 +38,11 @@ class Backend(Protocol):
     def missing(self) -> str | None:
         """Why the backend cannot run at all here, or None."""
 
-    def refusals(self, operands: Operands, config: AttentionConfig) -> list[str]:
+    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
         """Reasons not to run this problem; empty if it can."""
 
-    def forward(self, operands: Operands, config: AttentionConfig) -> tuple[Tensor, Tensor]: ...
+    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
+        """out, and lse if asked for: inference has no use for it."""
 
     def backward(
         self,
@@ -69,20 +69,21 @@ class CpuBackend:
     def missing(self) -> str | None:
         return None
 
-    def refusals(self, operands: Operands, config: AttentionConfig) -> list[str]:
+    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
         q = operands.q
+        if q.is_cpu and q.dim() <= self.MAX_DIMS:  # the common case, in a tenth of a microsecond
+            return ()
         reasons = []
         if not q.is_cpu:
             reasons.append(f"query is on {q.device}, not on the CPU")
-        if q.dtype not in DTYPES:
-            reasons.append(f"no kernel for {q.dtype}")
         if q.dim() > self.MAX_DIMS:
             reasons.append(f"query has {q.dim()} dimensions, more than {self.MAX_DIMS}")
         return reasons
 
-    def forward(self, operands: Operands, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        out, lse = empty_out(q, v.shape[-1]), empty_lse(q)
+        out = empty_out(q, v.shape[-1])
+        lse = empty_lse(q) if with_lse else None
         _C.attention_forward(
             q, k, v, bias, mask, seed, out, lse, *kernel_arguments(operands, config), torch.get_num_threads()
         )
@@ -123,18 +124,16 @@ class TritonBackend:
     def missing(self) -> str | None:
         return _triton_missing()
 
-    def refusals(self, operands: Operands, config: AttentionConfig) -> list[str]:
+    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
         q = operands.q
         reasons = []
         if not q.is_cuda:
             reasons.append(f"query is on {q.device}, not on a CUDA device")
         if (missing := self.missing()) is not None:
             reasons.append(missing)
-        if q.dtype not in DTYPES:
-            reasons.append(f"no kernel for {q.dtype}")
         return reasons
 
-    def forward(self, operands: Operands, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         from .kernels import attention as kernels
 
         q, k, v, bias, _, mask, _, _, _, _, seed = operands
@@ -176,10 +175,10 @@ class ReferenceBackend:
     def missing(self) -> str | None:
         return None
 
-    def refusals(self, operands: Operands, config: AttentionConfig) -> list[str]:
+    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
         return []
 
-    def forward(self, operands: Operands, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         q, k, v, bias, _, mask, _, _, _, _, seed = operands
         result, lse = reference.attention_forward(
             q, k, v, bias, mask, seed, **kernel_arguments(operands, config)._asdict()
@@ -317,7 +316,11 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 def choose(operands: Operands, config: AttentionConfig) -> Backend:
     """The first backend that takes the problem; NotImplementedError with every backend's reasons if none does."""
     request = _request.get()
-    chosen = next((b for b in BACKENDS.values() if not _why_not(b, request, operands, config)), None)
+    chosen = None
+    for backend in BACKENDS.values():
+        if not _why_not(backend, request, operands, config):
+            chosen = backend
+            break
     if chosen is not None and not request.explain:
         return chosen
     refusals = {b.name: _why_not(b, request, operands, config) for b in BACKENDS.values() if b is not chosen}
@@ -332,10 +335,10 @@ def choose(operands: Operands, config: AttentionConfig) -> Backend:
 def _why_not(backend: Backend, request: _Request, operands: Operands, config: AttentionConfig) -> tuple[str, ...]:
     if request.backend is None and backend.name == _ON_REQUEST:
         return (f"runs only inside use_backend({backend.name!r})",)
-    reasons = tuple(backend.refusals(operands, config))
-    if request.backend not in (None, backend.name):
+    reasons = backend.refusals(operands, config)
+    if request.backend is not None and request.backend != backend.name:
         return (f"use_backend({request.backend!r}) is in force", *reasons)
-    return reasons
+    return tuple(reasons)
 
 
 def _no_backend(operands: Operands, refusals: dict[str, tuple[str, ...]]) -> str:

@@ -57,8 +57,7 @@ def check(operands: Operands, config: AttentionConfig) -> None:
     o, c = operands, config
     _checks.check_supported(o.sinks, o.lengths, o.starts, o.q_segments, o.kv_segments, c.softcap, c.left, c.right)
     _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask)
-    _checks.check_scale(c.scale)
-    _checks.check_dropout_p(c.dropout_p)
+    _checks.check_numbers(c.scale, c.dropout_p)
 
 
 def empty_out(q: Tensor, v_dim: int) -> Tensor:

@@ -39,7 +39,7 @@ class Transformable(torch.autograd.Function):
         if not _C.plain(q, k, v, bias, mask, seed):
             out, lse = torch.ops.pyattn.attention_forward(*operands, *config)
             return out, lse
-        return _dispatch.choose(operands, config).forward(operands, config)
+        return _dispatch.choose(operands, config).forward(operands, config, with_lse=True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -12,11 +12,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C, _checks, _dispatch, reference
+from . import _C, _dispatch, reference
+from ._checks import check_numbers, check_seed
 from ._problem import AttentionConfig, Operands, check
 from ._transforms import Transformable
 from ._types import typed
-from .masks import UPPER_LEFT, Mask, lower
+from .masks import UPPER_LEFT, LoweredMask, Mask, lower
 
 
 @typed
@@ -103,7 +104,7 @@ def attention_with_lse(
     ``lse = log(sum over attended keys of exp(score))``, natural logarithm, float32 (float64 for float64), without
     dropout; -inf for a query with nothing to attend to. Arguments and errors are those of `attention`.
     """
-    return _attend(query, key, value, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed)
+    return _attend(query, key, value, mask, bias, scale, softcap, sinks, dropout_p, dropout_seed, with_lse=True)
 
 
 @typed
@@ -143,19 +144,16 @@ def scaled_dot_product_attention(
             "scaled_dot_product_attention: explicit attn_mask should not be set when is_causal=True; "
             "pyattn.attention(mask=Causal(...) & attn_mask) takes both"
         )
-    one_head = query.dim() == 2
-    query, key, value = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
-    if not (query.shape[:-3] == key.shape[:-3] == value.shape[:-3] and key.shape[-3] == value.shape[-3]) or (
-        not enable_gqa and query.shape[-3] != key.shape[-3]
-    ):
+    matrices = query.dim() == key.dim() == value.dim() == 2
+    if query.shape != key.shape or key.shape != value.shape or query.dim() < 3:  # else there is nothing to broadcast
         query, key, value = _broadcast_batch(query, key, value, enable_gqa)
     mask = bias = None
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         mask = attn_mask
     else:
         bias = attn_mask
-    out = _attend(query, key, value, mask, bias, scale, None, None, dropout_p, None, is_causal=is_causal)[0]
-    return out.squeeze(0) if one_head and out.dim() == 3 else out
+    out = _attend(query, key, value, mask, bias, scale, dropout_p=dropout_p, is_causal=is_causal)[0]
+    return out.squeeze(0) if matrices else out
 
 
 @typed
@@ -176,7 +174,7 @@ def compute_attention(
     """
     # The op broadcasts heads exactly as this function's mask broadcasts batch, so batch stands in their place.
     attend = None if mask is None else mask if mask.dtype == torch.bool else mask != 0
-    return _attend(query, key, value, attend, None, None, None, None, 0.0, None)[0]
+    return _attend(query, key, value, attend)[0]
 
 
 @typed
@@ -197,7 +195,7 @@ def dropout_mask(
     References:
         Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.3.
     """
-    _checks.check_dropout_p(dropout_p)
+    check_numbers(1.0, dropout_p)
     seed = dropout_seed if isinstance(dropout_seed, Tensor) else _seed_tensor(dropout_seed, torch.device("cpu"))
     return reference.dropout_mask(seed, dropout_p, batch, q_heads, q_len, kv_len)
 
@@ -206,48 +204,59 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask | Tensor | None,
-    bias: Tensor | None,
-    scale: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    dropout_seed: int | Tensor | None,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     *,
     is_causal: bool = False,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Check, normalise, choose, call."""
-    if (autocast_dtype := _autocast_dtype(query.device.type)) is not None:
-        query, key, value, bias = (
-            x if x is None or x.dtype == torch.float64 else x.to(autocast_dtype) for x in (query, key, value, bias)
-        )
+    """Check, normalise, choose, call. The log-sum-exp is a real tensor only with `with_lse`."""
+    dynamo = torch.compiler.is_dynamo_compiling()
+    if dynamo or torch._C._is_any_autocast_enabled():
+        query, key, value, bias = _autocast(query, key, value, bias)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
     if mask is None or isinstance(mask, Tensor):
-        tensor, align, left, right, prefix = mask, 0, None, None, 0
-        if is_causal:
-            align, right = UPPER_LEFT, 0
+        lowered = LoweredMask(mask, UPPER_LEFT, None, 0) if is_causal else LoweredMask(mask)
     else:
-        tensor, align, left, right, prefix = lower(mask, query.shape[-2], key.shape[-2])
-    config = AttentionConfig(scale, softcap or 0.0, dropout_p, align, left, right, prefix)
-    operands = Operands(query, key, value, bias=bias, sinks=sinks, mask=tensor)
-    shapes_only = torch.compiler.is_dynamo_compiling() or query.is_meta
-    if not shapes_only:
-        check(operands, config)
-        backend = _dispatch.choose(operands, config)
-    if dropout_p > 0.0:
-        operands = operands._replace(seed=_draw_seed(dropout_seed, query))
-    if shapes_only:
-        return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
+        lowered = lower(mask, query.shape[-2], key.shape[-2])
+    allowed, *window = lowered
+    config = AttentionConfig(scale, softcap or 0.0, dropout_p, *window)
+    operands = Operands(query, key, value, bias, sinks, allowed)
+    if dynamo or query.is_meta:
+        return _call_op(operands, config, dropout_seed)
 
-    plain = _C.plain(query, key, value, bias, tensor)
+    # The checks are made in C++, in 0.3 us; check() makes them again where the answer is no, to find the words.
+    plain = _C.attention_operands(query, key, value, bias, allowed)
+    if plain and sinks is None and config.left is None and not softcap:
+        check_numbers(scale, dropout_p)
+    else:
+        check(operands, config)
+    backend = _dispatch.choose(operands, config)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return Transformable.apply(query, key, value, bias, tensor, operands.seed, config)  # type: ignore[no-any-return]
-    if plain == 0 or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
-        return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
-    if plain == 2 and torch.is_grad_enabled():
-        return _Attention.apply(query, key, value, bias, tensor, operands.seed, config, backend)  # type: ignore[no-any-return]
-    return backend.forward(operands, config)
+        seed = _seed(dropout_p, dropout_seed, query)
+        return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return]
+    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return _call_op(operands, config, dropout_seed)
+    if dropout_p > 0.0:
+        operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
+    if plain == _WITH_GRAD and torch.is_grad_enabled():
+        return _Attention.apply(query, key, value, bias, allowed, operands.seed, config, backend)  # type: ignore[no-any-return]
+    return backend.forward(operands, config, with_lse)  # type: ignore[return-value]
+
+
+_WITH_GRAD = 2  # _C.attention_operands: an operand requires grad
+
+
+def _call_op(operands: Operands, config: AttentionConfig, dropout_seed: int | Tensor | None) -> tuple[Tensor, Tensor]:
+    """The dispatcher's way, for everything that has no data of its own: graphs, fake tensors, subclasses, modes."""
+    operands = operands._replace(seed=_seed(config.dropout_p, dropout_seed, operands.q))
+    return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
 
 
 class _Attention(torch.autograd.Function):
@@ -255,17 +264,16 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *tensors, ctx.config, ctx.backend = args
-        q, k, v, bias, mask, seed = tensors
-        out, lse = ctx.backend.forward(Operands(q, k, v, bias=bias, mask=mask, seed=seed), ctx.config)
+        q, k, v, bias, mask, seed, ctx.config, ctx.backend = args
+        out, lse = ctx.backend.forward(Operands(q, k, v, bias, mask=mask, seed=seed), ctx.config, with_lse=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, out, lse)
+        ctx.save_for_backward(q, k, v, bias, mask, seed, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
-        operands = Operands(q, k, v, bias=bias, mask=mask, seed=seed)
+        operands = Operands(q, k, v, bias, mask=mask, seed=seed)
         bias_grad = ctx.needs_input_grad[3]
         do = torch.zeros_like(out) if do is None else do
         if torch.is_grad_enabled():  # create_graph: the op has a derivative of its own
@@ -278,18 +286,22 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What q, k, v and bias are cast to inside autograd, float64 excepted: as torch's SDPA does under autocast."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As torch's SDPA does under autocast: to the autocast dtype, float64 excepted, inside autograd."""
+    device_type = next(x.device.type for x in tensors if x is not None)
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
 
 
-def _draw_seed(seed: int | Tensor | None, query: Tensor) -> Tensor:
+def _seed(dropout_p: float, seed: int | Tensor | None, query: Tensor) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=query.device)
     if isinstance(seed, Tensor):
-        _checks.check_seed(seed, query, 1.0)
+        check_seed(seed, query, dropout_p)
         return seed
     return _seed_tensor(seed, query.device)
 
@@ -301,7 +313,8 @@ def _seed_tensor(seed: int, device: torch.device) -> Tensor:
 
 
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:
-    """Views with the batch dimensions broadcast as torch.matmul does; heads too, where they are not groups."""
+    """Views whose batch dimensions are broadcast as torch.matmul does; heads too, where they are not groups."""
+    operands = [x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value)]
     rank = 3 if enable_gqa else 2
-    lead = torch.broadcast_shapes(*(x.shape[:-rank] for x in (query, key, value)))
-    return [x.expand(*lead, *x.shape[-rank:]) for x in (query, key, value)]
+    lead = torch.broadcast_shapes(*(x.shape[:-rank] for x in operands))
+    return [x.expand(*lead, *x.shape[-rank:]) for x in operands]
