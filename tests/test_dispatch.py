@@ -1,0 +1,145 @@
+"""The choice of backend: explain, use_backend, show_config, and what `import pyattn` brings along."""
+
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+import pyattn
+from pyattn import _dispatch
+
+
+@pytest.fixture
+def qkv() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8).unbind()
+    return q, k, v
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_explain_names_the_backend_and_every_refusal(qkv: tuple[Tensor, ...]) -> None:
+    answer = pyattn.explain(pyattn.attention, *qkv, mask=pyattn.Causal())
+    assert (answer.op, answer.backend, answer.memory) == ("attention", "cpu", "O(q_len + kv_len)")
+    assert answer.isa == pyattn._C.isa()
+    assert set(answer.refusals) == {"triton", "reference"}
+    assert "query is on cpu, not on a CUDA device" in answer.refusals["triton"]
+    assert "use_backend('reference')" in answer.refusals["reference"][0]
+    for text in ("backend", "cpu", "not triton", "not reference"):
+        assert text in str(answer)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_with_lse", "scaled_dot_product_attention"])
+def test_explain_takes_every_attention_function(name: str, qkv: tuple[Tensor, ...]) -> None:
+    assert pyattn.explain(getattr(pyattn, name), *qkv).backend == "cpu"
+
+
+def test_explain_runs_no_kernel_and_draws_no_number(qkv: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_kernel(*args: object) -> None:
+        raise AssertionError("a kernel ran")
+
+    monkeypatch.setattr(_dispatch._C, "attention_forward", no_kernel)
+    state = torch.get_rng_state()
+    pyattn.explain(pyattn.attention, *(x.requires_grad_() for x in qkv), dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_explain_makes_the_checks(qkv: tuple[Tensor, ...]) -> None:
+    q, k, v = qkv
+    with pytest.raises(pyattn.DtypeError, match="value: expected query's dtype"):
+        pyattn.explain(pyattn.attention, q, k, v.double())
+    with pytest.raises(TypeError, match="made no pyattn call"):
+        pyattn.explain(torch.add, q, k)
+
+
+def test_explain_leaves_no_trace(qkv: tuple[Tensor, ...]) -> None:
+    pyattn.explain(pyattn.attention, *qkv)
+    assert pyattn.attention(*qkv).shape == qkv[0].shape
+
+
+def test_use_backend_is_obeyed_and_restored(qkv: tuple[Tensor, ...]) -> None:
+    with pyattn.use_backend("reference"):
+        answer = pyattn.explain(pyattn.attention, *qkv)
+        assert (answer.backend, answer.memory) == ("reference", "O(q_len * kv_len)")
+        assert "use_backend('reference') is in force" in answer.refusals["cpu"]
+        with pyattn.use_backend("cpu"):
+            assert pyattn.explain(pyattn.attention, *qkv).backend == "cpu"
+        assert pyattn.explain(pyattn.attention, *qkv).backend == "reference"
+    assert pyattn.explain(pyattn.attention, *qkv).backend == "cpu"
+
+
+def test_a_requested_backend_that_cannot_run_is_an_error(qkv: tuple[Tensor, ...]) -> None:
+    with pyattn.use_backend("triton"), pytest.raises(NotImplementedError) as error:
+        pyattn.attention(*qkv)
+    message = str(error.value)
+    assert "q: torch.float32 (2, 4, 5, 8) on cpu" in message
+    assert "triton: query is on cpu, not on a CUDA device" in message
+    assert "cpu: use_backend('triton') is in force" in message
+
+
+def test_an_unknown_backend_is_an_error() -> None:
+    with pytest.raises(ValueError, match="expected one of 'cpu', 'triton', 'reference', got 'cuda'"):
+        pyattn.use_backend("cuda")
+
+
+def test_use_backend_does_not_cross_threads(qkv: tuple[Tensor, ...]) -> None:
+    seen: list[str] = []
+    with pyattn.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(pyattn.explain(pyattn.attention, *qkv).backend))
+        thread.start()
+        thread.join()
+    assert seen == ["cpu"]
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_backward_uses_the_backend_of_its_forward(
+    create_graph: bool, qkv: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for name, backend in _dispatch.BACKENDS.items():
+        original = backend.backward
+        monkeypatch.setattr(
+            backend,
+            "backward",
+            lambda *a, name=name, original=original, **k: (calls.append(name), original(*a, **k))[1],
+        )
+    q = qkv[0].requires_grad_()
+    with pyattn.use_backend("reference"):
+        out = pyattn.attention(*qkv)
+    torch.autograd.grad(out.sum(), q, create_graph=create_graph)
+    torch.autograd.grad(pyattn.attention(*qkv).sum(), q, create_graph=create_graph)
+    assert calls == ["reference", "cpu"]
+
+
+def test_show_config(capsys: pytest.CaptureFixture[str]) -> None:
+    pyattn.show_config()
+    text = capsys.readouterr().out
+    for part in ("pyattn", f"torch             {torch.__version__}", pyattn._C.isa(), "threads", "backend triton"):
+        assert part in text
+    assert "missing: " in text.split("backend triton")[1].splitlines()[0] or torch.cuda.is_available()
+
+
+def test_import_is_light() -> None:
+    """Neither the compiler nor triton comes with the import, and a first eager call brings neither."""
+    loaded = run_python(
+        "import sys, torch; before = set(sys.modules)\n"
+        "import pyattn; q = torch.randn(1, 1, 4, 8, requires_grad=True); pyattn.attention(q, q, q).sum().backward()\n"
+        "print('torch._dynamo' in sys.modules, 'triton' in sys.modules, 'numpy' in sys.modules)"
+    )
+    assert loaded.split()[:2] == ["False", "False"]
+
+
+def test_works_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "import torch, pyattn; q = torch.randn(1, 1, 4, 8); pyattn.attention(q, q, q)\n"
+        "print(pyattn.explain(pyattn.attention, q, q, q))"
+    )
+    assert "triton is not installed" in run_python(code)
