@@ -228,7 +228,7 @@ def plot(results: Results, path: Path) -> None:
     # float64 is measured at two shapes: the table says it better.
     rows = [row for row in results.rows if row.shape != TINY and row.dtype != "fp64"]
     if not rows:
-        raise ValueError(f"--plot: nothing to draw: only {TINY} and fp64 were measured, which the picture leaves out")
+        sys.exit(f"--plot: nothing to draw: the picture leaves out fp64 and {TINY}, and nothing else was measured")
     dtypes, shapes = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("dtype", "shape"))
     directions = [direction for direction in DIRECTIONS if any(row.direction == direction for row in rows)]
     figure, panels = plt.subplots(

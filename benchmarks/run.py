@@ -30,7 +30,7 @@ from timing import BLOCKS, Stopwatch, interleave, peak_flops_per_s, stopwatch_fo
 import pyattn
 
 # Seconds of timing per row. The quick run also pools fewer seeds in the gate.
-FULL_SECONDS, QUICK_SECONDS, QUICK_SEEDS = 1.5, 0.4, 2
+FULL_SECONDS, QUICK_SECONDS, QUICK_SEEDS = 1.5, 0.3, 2
 
 
 @dataclass(frozen=True)
