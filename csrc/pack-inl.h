@@ -74,13 +74,37 @@ PYATTN_INLINE int64_t leading_dimension(int64_t n) {
   return lines % 4 == 0 ? (lines + 1) * kLine : padded<T>(n);
 }
 
-// A sum that is 0 as long as everything added to it was finite, and NaN from then on.
+// Whether everything added was finite, by the largest magnitude. (Sums of x * 0 would tell as well, but are a chain of 4
+// cycles per vector, which is longer than all the rest of packing takes.)
 template <class T>
 struct FiniteCheck {
-  Vec<T> sum = {};
-  PYATTN_INLINE void add(Vec<T> x) { sum += x * T(0); }
-  PYATTN_INLINE bool all_finite() const { return reduce_add<T>(sum) == 0; }
+  using Bits = IntVec<T>;
+  using Word = decltype(Bits{}[0] + 0);
+  static constexpr Word kInfinity = static_cast<Word>(sizeof(T) == 8 ? 0x7ff0000000000000 : 0x7f800000);
+  static constexpr Word kMagnitude = static_cast<Word>(sizeof(T) == 8 ? 0x7fffffffffffffff : 0x7fffffff);
+  Bits largest = {};
+
+  PYATTN_INLINE void add(Vec<T> x) {
+    const Bits magnitude = (Bits)x & kMagnitude;
+    largest = largest > magnitude ? largest : magnitude;
+  }
+  PYATTN_INLINE bool all_finite() const {
+    const Bits bad = largest >= kInfinity;
+    bool finite = true;
+    for (int i = 0; i < kWidth<T>; ++i) finite &= bad[i] == 0;
+    return finite;
+  }
 };
+
+// Calls f(c, vector of elements c, c + 1, ...) over n elements `stride` apart; the last vector is filled up with zeros.
+template <class T, class S, class F>
+PYATTN_INLINE void for_each_vector(const S* p, int64_t stride, int64_t n, const F& f) {
+  int64_t c = 0;
+  if (stride == 1) {
+    for (; c + kWidth<T> <= n; c += kWidth<T>) f(c, load(p + c));
+  }
+  for (; c < n; c += kWidth<T>) f(c, load_some<T>(p + c * stride, stride, lanes_left<T>(n, c)));
+}
 
 // to[i][c] = from[first + i][c], zeros from `columns` to the next whole vector. Returns whether all are finite.
 template <class T>
@@ -88,41 +112,55 @@ bool pack_rows(const Matrix& from, int64_t first, int64_t rows, int64_t columns,
   return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
     FiniteCheck<T> check;
     for (int64_t i = 0; i < rows; ++i) {
-      const auto* row = data + (first + i) * from.row;
-      for (int64_t c = 0; c < columns; c += kWidth<T>) {
-        const Vec<T> x = load_some<T>(row + c * from.col, from.col, lanes_left<T>(columns, c));
+      for_each_vector<T>(data + (first + i) * from.row, from.col, columns, [&](int64_t c, Vec<T> x) {
         check.add(x);
         store(to + i * ld + c, x);
-      }
+      });
     }
     return check.all_finite();
   });
 }
 
-// The transpose of `keys` <= kUnit rows of `depth` elements, times `factor`, in panels [panel][depth][kPanel] with
-// zeros from `keys` to the next whole vector. Returns whether all elements read are finite.
+// A square block: rows `from`, `row` apart, transposed, times factor, to rows of `to`, ldt apart.
+template <class T, class S>
+PYATTN_INLINE void pack_square(const S* from, int64_t row, T factor, T* to, int64_t ldt, FiniteCheck<T>& check) {
+  constexpr int W = kWidth<T>;
+  Vec<T> block[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    const Vec<T> x = load(from + i * row);
+    check.add(x);
+    block[i] = x * factor;
+  }
+  transpose<T>(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(to + i * ldt, block[i]);
+}
+
+// The transpose of `keys` <= kUnit rows of `depth` elements, times `factor`, in panels [panel][depth][kPanel] with zeros
+// from `keys` to the next whole vector. Returns whether all elements read are finite.
 template <class T>
 bool pack_transposed(const Matrix& from, int64_t first, int64_t keys, int64_t depth, T factor, T* to) {
   return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
     constexpr int W = kWidth<T>;
     FiniteCheck<T> check;
     for (int64_t key = 0; key < keys; key += W) {
+      const auto* rows = data + (first + key) * from.row;
       T* panel = to + key / kPanel<T> * kPanel<T> * depth + key % kPanel<T>;
       const int64_t count = lanes_left<T>(keys, key);
-      for (int64_t d = 0; d < depth; d += W) {
+      int64_t d = 0;
+      if (count == W && from.col == 1) {
+        for (; d + W <= depth; d += W) pack_square<T>(rows + d, from.row, factor, panel + d * kPanel<T>, kPanel<T>, check);
+      }
+      // What is left of it, in squares filled up with zeros.
+      for (; d < depth; d += W) {
         const int64_t width = lanes_left<T>(depth, d);
-        Vec<T> block[W] = {};
-        for (int i = 0; i < W; ++i) {
-          if (i >= count) break;
-          block[i] = load_some<T>(data + (first + key + i) * from.row + d * from.col, from.col, width);
-          check.add(block[i]);
-          block[i] *= factor;
+        T square[W * W] = {}, transposed[W * W];
+        for (int64_t i = 0; i < count; ++i) {
+          store(square + i * W, load_some<T>(rows + i * from.row + d * from.col, from.col, width));
         }
-        transpose<T>(block);
-        for (int i = 0; i < W; ++i) {
-          if (i >= width) break;
-          store(panel + (d + i) * kPanel<T>, block[i]);
-        }
+        pack_square<T>(square, W, factor, transposed, W, check);
+        for (int64_t i = 0; i < width; ++i) store(panel + (d + i) * kPanel<T>, load(transposed + i * W));
       }
     }
     return check.all_finite();
@@ -141,9 +179,7 @@ template <class T>
 bool row_is_finite(const Matrix& from, int64_t i, int64_t columns) {
   return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
     FiniteCheck<T> check;
-    for (int64_t c = 0; c < columns; c += kWidth<T>) {
-      check.add(load_some<T>(data + i * from.row + c * from.col, from.col, lanes_left<T>(columns, c)));
-    }
+    for_each_vector<T>(data + i * from.row, from.col, columns, [&](int64_t, Vec<T> x) { check.add(x); });
     return check.all_finite();
   });
 }
@@ -153,7 +189,11 @@ template <class T>
 void store_row(const Matrix& to, int64_t i, int64_t columns, const T* from, T factor) {
   with_storage<T>(to.dtype, to.data, [&](auto* data) {
     auto* row = data + i * to.row;
-    for (int64_t c = 0; c < columns; c += kWidth<T>) {
+    int64_t c = 0;
+    if (to.col == 1) {
+      for (; c + kWidth<T> <= columns; c += kWidth<T>) store(row + c, load(from + c) * factor);
+    }
+    for (; c < columns; c += kWidth<T>) {
       store_some<T>(row + c * to.col, to.col, lanes_left<T>(columns, c), load(from + c) * factor);
     }
   });
@@ -164,9 +204,7 @@ template <class T>
 T dot_row(const Matrix& from, int64_t i, int64_t columns, const T* x) {
   return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
     Vec<T> sum = {};
-    for (int64_t c = 0; c < columns; c += kWidth<T>) {
-      sum += load_some<T>(data + i * from.row + c * from.col, from.col, lanes_left<T>(columns, c)) * load(x + c);
-    }
+    for_each_vector<T>(data + i * from.row, from.col, columns, [&](int64_t c, Vec<T> y) { sum += y * load(x + c); });
     return reduce_add<T>(sum);
   });
 }

@@ -59,11 +59,8 @@ struct Visibility {
 template <class T>
 void add_bias(const Matrix& bias, int64_t query, int64_t first_key, int64_t keys, T* scores) {
   with_storage<T>(bias.dtype, bias.data, [&](const auto* data) {
-    const auto* row = data + query * bias.row + first_key * bias.col;
-    for (int64_t c = 0; c < keys; c += kWidth<T>) {
-      const Vec<T> x = load_some<T>(row + c * bias.col, bias.col, lanes_left<T>(keys, c));
-      store(scores + c, load(scores + c) + x);
-    }
+    for_each_vector<T>(data + query * bias.row + first_key * bias.col, bias.col, keys,
+                       [&](int64_t c, Vec<T> x) { store(scores + c, load(scores + c) + x); });
   });
 }
 
