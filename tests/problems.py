@@ -1,5 +1,6 @@
 """One call of attention with its backward, as a value that tests draw, run and judge."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 import pyattn
 from pyattn import reference
+from pyattn._checks import accumulation_dtype
 from pyattn._problem import AttentionConfig, Operands, kernel_arguments
 from pyattn.masks import LoweredMask, lower
 
@@ -86,6 +88,36 @@ class Problem:
         rule = {name: self.kernel_arguments[name] for name in ("causal", "diagonal", "prefix")}
         scores = self.q.new_zeros(()).expand(self.scores_shape())
         return reference.attended(scores, self.bias, self.mask, **rule).expand(self.scores_shape())
+
+
+def make(
+    batch: Sequence[int] = (2,),
+    q_heads: int = 2,
+    kv_heads: int = 1,
+    q_len: int = 67,
+    kv_len: int = 131,
+    head_dim: int = 13,
+    v_dim: int = 7,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    sharpness: float = 1.0,
+    **options: object,
+) -> Problem:
+    """A problem of standard normal values: by default prime sizes, over one tile of queries and two units of keys."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return Problem(
+        q=values(*batch, q_heads, q_len, head_dim) * sharpness,
+        k=values(*batch, kv_heads, kv_len, head_dim),
+        v=values(*batch, kv_heads, kv_len, v_dim),
+        do=values(*batch, q_heads, q_len, v_dim),
+        dlse=values(*batch, q_heads, q_len).to(accumulation_dtype(dtype)),
+        **options,
+    )
 
 
 def run(problem: Problem) -> Results:

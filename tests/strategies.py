@@ -15,6 +15,7 @@ from problems import Problem
 from torch import Tensor
 
 import pyattn
+from pyattn._checks import accumulation_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,7 +66,9 @@ def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem
         k=values(*size.batch, size.kv_heads, size.kv_len, size.head_dim),
         v=values(*size.batch, size.kv_heads, size.kv_len, size.v_dim),
         do=values(*size.batch, size.q_heads, size.q_len, size.v_dim),
-        dlse=draw(st.sampled_from((None, values(*size.batch, size.q_heads, size.q_len)))),
+        dlse=values(*size.batch, size.q_heads, size.q_len).to(accumulation_dtype(dtype))
+        if draw(st.booleans())
+        else None,
         bias=draw(st.none() | biases(size.scores, dtype, generator)),
         mask=draw(st.none() | masks(size.scores, generator)),
         causal=draw(causals(size.q_len, size.kv_len)),
@@ -73,17 +76,12 @@ def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem
         dropout_p=draw(st.sampled_from((0.0, 0.0, 0.3, 0.9, 1.0))),
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
     )
-    problem = replace(problem, dlse=problem.dlse if problem.dlse is None else problem.dlse.to(lse_dtype(dtype)))
     layouts = LAYOUTS + EXPANDED
     if draw(st.booleans()):
         problem, layouts = with_garbage(problem, draw(st.sampled_from(GARBAGE))), LAYOUTS
     names = ("q", "k", "v", "do", "dlse", "bias", "mask")
     tensors = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
     return replace(problem, **{name: lay_out(x, draw(st.sampled_from(layouts))) for name, x in tensors.items()})
-
-
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def generators() -> st.SearchStrategy[torch.Generator]:
@@ -142,7 +140,8 @@ def masks(draw: st.DrawFn, scores: Sequence[int], generator: torch.Generator) ->
         density = draw(st.sampled_from((0.5, 0.9, 0.1)))
         mask = torch.rand(draw(broadcastable(scores)), generator=generator) < density
     elif kind == "padding":
-        lengths = torch.randint(0, kv_len + 1, (*scores[:-3], 1, 1, 1), generator=generator)
+        one_per_sample = (*scores[:-3], *[1] * min(len(scores), 3))
+        lengths = torch.randint(0, kv_len + 1, one_per_sample, generator=generator)
         mask = torch.arange(kv_len) < lengths
     else:
         width = draw(st.integers(0, kv_len))
@@ -158,7 +157,7 @@ def biases(draw: st.DrawFn, scores: Sequence[int], dtype: torch.dtype, generator
     bias = torch.randn(draw(broadcastable(scores)), generator=generator)
     if draw(st.booleans()):
         bias[torch.rand(bias.shape, generator=generator) < 0.1] = -torch.inf
-    return bias.to(draw(st.sampled_from((dtype, lse_dtype(dtype)))))
+    return bias.to(draw(st.sampled_from((dtype, accumulation_dtype(dtype)))))
 
 
 def with_garbage(problem: Problem, garbage: float) -> Problem:

@@ -11,44 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from problems import Problem, Results, run
-from strategies import DTYPES, GARBAGE, LAYOUTS, lay_out, lse_dtype, problems
+from problems import Problem, Results, make, run
+from strategies import DTYPES, GARBAGE, LAYOUTS, lay_out, problems
 from torch import Tensor
 
 import pyattn
 from pyattn import reference
 
 HALF_OR_SINGLE = (torch.bfloat16, torch.float32)
-
-
-def make(
-    batch: Sequence[int] = (2,),
-    q_heads: int = 2,
-    kv_heads: int = 1,
-    q_len: int = 67,
-    kv_len: int = 131,
-    head_dim: int = 13,
-    v_dim: int = 7,
-    *,
-    dtype: torch.dtype = torch.float32,
-    seed: int = 0,
-    sharpness: float = 1.0,
-    **options: object,
-) -> Problem:
-    """A problem of standard normal values: by default prime sizes, over one tile of queries and two units of keys."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def values(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    return Problem(
-        q=values(*batch, q_heads, q_len, head_dim) * sharpness,
-        k=values(*batch, kv_heads, kv_len, head_dim),
-        v=values(*batch, kv_heads, kv_len, v_dim),
-        do=values(*batch, q_heads, q_len, v_dim),
-        dlse=values(*batch, q_heads, q_len).to(lse_dtype(dtype)),
-        **options,
-    )
 
 
 def assert_bitwise(results: Sequence[Tensor | None], expected: Sequence[Tensor | None], context: object = "") -> None:

@@ -1,0 +1,247 @@
+"""Every mistake is an error of its class that names the argument, on every way into the op.
+
+The ways: `pyattn.attention`, where annotations are checked first; the dispatcher ops, forward and backward; and both of
+them with fake tensors, as torch.compile and torch.export run them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pyattn
+from pyattn import DeviceError, DtypeError, ShapeError
+from pyattn._problem import AttentionConfig, Operands
+
+
+def ones(*shape: int, **options: Any) -> Tensor:
+    return torch.ones(shape, **options)
+
+
+Arguments = dict[str, Any]  # by the names of the op's schema
+
+GOOD: Arguments = {"q": ones(2, 6, 5, 4), "k": ones(2, 3, 7, 4), "v": ones(2, 3, 7, 8), "scale": 0.5}
+FRONT_NAMES = {"seed": "dropout_seed"}
+
+
+def front(arguments: Arguments) -> None:
+    options = {FRONT_NAMES.get(name, name): x for name, x in arguments.items() if name not in ("q", "k", "v")}
+    pyattn.attention_with_lse(arguments["q"], arguments["k"], arguments["v"], **options)
+
+
+def op(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    operands = Operands(**{name: x for name, x in arguments.items() if name in Operands._fields})
+    config = AttentionConfig(**{name: x for name, x in arguments.items() if name in AttentionConfig._fields})
+    return torch.ops.pyattn.attention_forward(*operands, *config)
+
+
+def backward_op(arguments: Arguments) -> None:
+    operands = Operands(**{name: x for name, x in arguments.items() if name in Operands._fields})
+    config = AttentionConfig(**{name: x for name, x in arguments.items() if name in AttentionConfig._fields})
+    out = operands.q.new_empty((*operands.q.shape[:-1], operands.v.shape[-1]))
+    lse = operands.q.new_empty(operands.q.shape[:-1], dtype=torch.float32)
+    torch.ops.pyattn.attention_backward(out, None, out, lse, *operands, *config, True)
+
+
+def with_fake_tensors(way: Callable[[Arguments], object]) -> Callable[[Arguments], None]:
+    def call(arguments: Arguments) -> None:
+        with FakeTensorMode() as mode:
+            way({name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in arguments.items()})
+
+    return call
+
+
+OPS = {"op": op, "backward op": backward_op}
+WAYS = {"front": front, **OPS}
+WAYS |= {f"{name}, fake": with_fake_tensors(way) for name, way in WAYS.items()}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+def expect(way: str, change: Arguments, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as caught:
+        WAYS[way](GOOD | change)
+    assert type(caught.value) is error
+
+
+@every_way
+def test_the_good_call_is_good(way: str) -> None:
+    """So each error below comes of its change."""
+    WAYS[way](GOOD | {"bias": ones(6, 1, 7), "mask": ones(2, 1, 1, 7) > 0})
+
+
+# The annotation states some of these, _checks.py all: the messages may differ, in words.
+WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
+    "query's rank": ({"q": ones(5, 4)}, ShapeError, r"^query: expected .*\*batch, .*got .*\(5, 4\)"),
+    "key's rank": ({"k": ones(7, 4)}, ShapeError, r"^key: expected .*\*batch, .*got .*\(7, 4\)"),
+    "value's rank": ({"v": ones(7, 8)}, ShapeError, r"^value: expected .*\*batch, .*got .*\(7, 8\)"),
+    "integers": (
+        {name: ones(2, 3, 5, 4, dtype=torch.int64) for name in ("q", "k", "v")},
+        DtypeError,
+        "^query: expected one of float32, bfloat16, float16, float64, got torch.int64",
+    ),
+    "key's dtype": (
+        {"k": GOOD["k"].half()},
+        DtypeError,
+        "^key: expected query's dtype torch.float32, got torch.float16",
+    ),
+    "value's dtype": ({"v": GOOD["v"].double()}, DtypeError, "^value: .*float32, got torch.float64"),
+    "bias's dtype": ({"bias": ones(5, 7).half()}, DtypeError, "^bias: expected .*float32, got torch.float16"),
+    "key's device": ({"k": GOOD["k"].to("meta")}, DeviceError, "^key: expected query's device cpu, got meta"),
+    "value's device": ({"v": GOOD["v"].to("meta")}, DeviceError, "^value: expected query's device cpu, got meta"),
+    "bias's device": ({"bias": ones(7, device="meta")}, DeviceError, "^bias: expected query's device cpu, got meta"),
+    "mask's device": (
+        {"mask": ones(7, device="meta") > 0},
+        DeviceError,
+        "^mask: expected query's device cpu, got meta",
+    ),
+    "key's batch": ({"k": ones(3, 3, 7, 4)}, ShapeError, r"^key: expected .*batch.*2.*got .*\(3"),
+    "value's batch": ({"v": ones(3, 7, 8)}, ShapeError, r"^value: expected .*batch.*2.*got .*\("),
+    "head_dim": ({"k": ones(2, 3, 7, 9)}, ShapeError, "^key: expected .*head_dim.*4.*got .*9"),
+    "value's heads": ({"v": ones(2, 2, 7, 8)}, ShapeError, "^value: expected .*3.*got .*2"),
+    "kv_len": ({"v": ones(2, 3, 11, 8)}, ShapeError, "^value: expected .*kv_len.*7.*got .*11"),
+    "head ratio": ({"q": ones(2, 5, 5, 4)}, ShapeError, "^query: .*multiple of key's.*got q_heads=5 and kv_heads=3"),
+    "no key heads": (
+        {"k": ones(2, 0, 7, 4), "v": ones(2, 0, 7, 8)},
+        ShapeError,
+        "^query: .*multiple of key's.*got q_heads=6 and kv_heads=0",
+    ),
+    "mask's dtype": ({"mask": ones(5, 7)}, DtypeError, "^mask: expected .*bool.*got torch.float32"),
+    "mask's kv_len": ({"mask": ones(5, 2) > 0}, ShapeError, "^mask: axis kv_len must be 1 or 7, got 2"),
+    "mask's q_len": ({"mask": ones(7, 7) > 0}, ShapeError, "^mask: axis q_len must be 1 or 5, got 7"),
+    "mask's heads": ({"mask": ones(3, 1, 7) > 0}, ShapeError, "^mask: axis q_heads must be 1 or 6, got 3"),
+    "mask's batch": ({"mask": ones(3, 1, 1, 1) > 0}, ShapeError, r"^mask: axis batch\[0\] must be 1 or 2, got 3"),
+    "mask's rank": ({"mask": ones(1, 1, 1, 1, 1) > 0}, ShapeError, r"^mask: expected at most 4 .*\(1, 1, 1, 1, 1\)"),
+    "bias's heads": ({"bias": ones(3, 1, 7)}, ShapeError, "^bias: axis q_heads must be 1 or 6, got 3"),
+    "bias's rank": ({"bias": ones(1, 1, 1, 1, 1)}, ShapeError, "^bias: expected at most 4 dimensions"),
+    "scale is NaN": ({"scale": float("nan")}, ValueError, "^scale: expected a finite number, got nan"),
+    "scale is infinite": ({"scale": float("inf")}, ValueError, "^scale: expected a finite number, got inf"),
+    "dropout_p below 0": (
+        {"dropout_p": -0.1, "seed": torch.tensor(1)},
+        ValueError,
+        r"^dropout_p: expected a probability in \[0, 1\], got -0.1",
+    ),
+    "dropout_p above 1": ({"dropout_p": 1.1, "seed": torch.tensor(1)}, ValueError, "^dropout_p: .*got 1.1"),
+    "dropout_p is NaN": ({"dropout_p": float("nan"), "seed": torch.tensor(1)}, ValueError, "^dropout_p: .*got nan"),
+    "seed's rank": (
+        {"dropout_p": 0.5, "seed": torch.tensor([1])},
+        ShapeError,
+        r"^dropout_seed: expected .*got .*\(1,\)",
+    ),
+    "seed's dtype": (
+        {"dropout_p": 0.5, "seed": torch.tensor(1, dtype=torch.int32)},
+        DtypeError,
+        "^dropout_seed: expected .*int64.*got torch.int32",
+    ),
+    "seed's device": (
+        {"dropout_p": 0.5, "seed": torch.tensor(1, device="meta")},
+        DeviceError,
+        "^dropout_seed: expected query's device cpu, got meta",
+    ),
+}
+
+
+@every_way
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_operand(case: str, way: str) -> None:
+    change, error, message = WRONG[case]
+    expect(way, change, error, message)
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if "op" in way])
+def test_the_ops_need_a_seed_for_dropout(way: str) -> None:
+    expect(way, {"dropout_p": 0.5}, ValueError, "^seed: dropout_p=0.5 needs a 0-d int64 tensor, got None")
+
+
+IDS = torch.zeros(2, 7, dtype=torch.int64)
+NOT_YET: dict[str, Arguments] = {
+    "softcap": {"softcap": 30.0},
+    "sinks": {"sinks": ones(6)},
+    "left window": {"right": 0, "left": 3, "align": 1},
+    "right window": {"right": 2, "align": 1},
+    "lengths": {"lengths": IDS[:, 0]},
+    "starts": {"starts": IDS[:, 0]},
+    "q_segments": {"q_segments": IDS[:, :5]},
+    "kv_segments": {"kv_segments": IDS},
+}
+
+
+FRONT_HAS = ("softcap", "sinks")  # the others have no argument yet
+
+
+@pytest.mark.parametrize(
+    ("feature", "way"), [(f, way) for f in NOT_YET for way in WAYS if "op" in way or f in FRONT_HAS]
+)
+def test_what_the_schema_names_and_nothing_computes(feature: str, way: str) -> None:
+    """Accepted and ignored would be the worst answer."""
+    expect(way, NOT_YET[feature], NotImplementedError, f"{feature}.*no backend .* computes it yet")
+
+
+def test_several_missing_features_are_all_named() -> None:
+    expect("front", NOT_YET["softcap"] | NOT_YET["sinks"], NotImplementedError, r"softcap \(got 30.0\) and sinks")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_no_backend_is_a_way_around(backend: str) -> None:
+    with pyattn.use_backend(backend):
+        expect("front", NOT_YET["softcap"], NotImplementedError, "softcap")
+        expect("op", NOT_YET["lengths"], NotImplementedError, "lengths")
+
+
+def test_errors_are_those_that_handlers_expect() -> None:
+    assert set(ShapeError.__mro__) >= {TypeError, ValueError, RuntimeError}
+    assert set(DtypeError.__mro__) >= {TypeError, RuntimeError}
+    assert set(DeviceError.__mro__) >= {ValueError, RuntimeError}
+
+
+# ---- the mask objects ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (pyattn.Causal(), ValueError, r"^Causal: q_len=5 differs from kv_len=7, .*'upper_left'.*'lower_right'"),
+        (pyattn.Causal("upper_left") & pyattn.Causal("lower_right"), ValueError, "different alignment"),
+        (pyattn.Causal("upper_left") & ones(5, 7), DtypeError, "^mask: only bool tensors .*got torch.float32"),
+        (ones(5, 7) & pyattn.Causal("upper_left"), DtypeError, "^mask: only bool tensors .*got torch.float32"),
+        (pyattn.Causal("upper_left") & (ones(5, 6) > 0), ShapeError, "^mask: axis kv_len must be 1 or 7, got 6"),
+    ],
+)
+def test_wrong_mask(mask: Any, error: type[Exception], message: str) -> None:
+    expect("front", {"mask": mask}, error, message)
+
+
+def test_wrong_causal() -> None:
+    with pytest.raises(ValueError, match="^Causal: align must be 'upper_left', 'lower_right' or None, got 'left'"):
+        pyattn.Causal("left")
+    with pytest.raises(ValueError, match="^Causal: prefix must be a number of keys, 0 or more, got -1"):
+        pyattn.Causal(prefix=-1)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        pyattn.Causal() & 3
+
+
+# ---- the other functions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
+def test_seed_beyond_64_bits(seed: int) -> None:
+    expect("front", {"dropout_p": 0.5, "seed": seed}, ValueError, f"^dropout_seed: expected an int64, got {seed}")
+    with pytest.raises(ValueError, match=f"^dropout_seed: expected an int64, got {seed}"):
+        pyattn.dropout_mask(seed, 0.5, batch=1, q_heads=1, q_len=1, kv_len=1)
+
+
+def test_dropout_mask_checks_the_probability() -> None:
+    with pytest.raises(ValueError, match="^dropout_p: .*got 2"):
+        pyattn.dropout_mask(1, 2, batch=1, q_heads=1, q_len=1, kv_len=1)
+
+
+def test_more_dimensions_than_a_backend_takes() -> None:
+    """The CPU kernels take 8; the reference any number."""
+    x = ones(*[1] * 9)
+    with pytest.raises(NotImplementedError, match="(?s)q: torch.float32 .*cpu: query has 9 dimensions, more than 8"):
+        pyattn.attention(x, x, x)
+    with pyattn.use_backend("reference"):
+        assert pyattn.attention(x, x, x).shape == x.shape
+    assert pyattn.attention(x[0], x[0], x[0]).shape == x[0].shape
