@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cases import DIRECTIONS, MASKS, PYATTN, TINY
+from cases import DIRECTIONS, FORWARD, MASKS, PYATTN, TINY, TRAINING
 from gate import Error
 from memory import RESOLUTION
 from timing import Timing
@@ -101,16 +101,19 @@ def _load(kind: type, entry: dict[str, Any], **converted: Any) -> Any:
     return kind(**known | {"shape": tuple(entry["shape"])} | converted)
 
 
+SHORT = {FORWARD: "fwd", TRAINING: "fwd+bwd"}
+
 COLUMNS = (
-    f"{'op':<10}{'direction':<17}{'dtype':<6}{'mask':<8}{'shape':<14}{'median':>9}{'spread':>7}{'GFLOP/s':>9}{'peak':>6}"
-    f"{'vs sdpa':>9}{'formula':>9}{'fastest':>9}  {'which':<9}{'MiB, torch':>14}"
+    f"{'op':<10}{'dir':<8}{'dtype':<6}{'mask':<8}{'B,H,S,D':<13}{'median':>8}{'spread':>7}{'GFLOP/s':>8}{'peak':>5}"
+    f"{'sdpa':>8}{'formula':>8}{'fastest':>8} {'which':<8}{'MiB':>5}{'torch':>6}"
 )
 
 LEGEND = """\
-median, spread (interquartile range), GFLOP/s: pyattn's. vs sdpa, formula, fastest: how many times faster pyattn is than
-F.scaled_dot_product_attention, the eager formula, and the faster torch route ("which"), by minima; ~ from one sample.
-peak: share of torch.mm's best rate here (half types: of fp32's if that is higher). MiB: extra peak memory of one call,
-outputs included, pyattn's and that torch route's. Only visible (query, key) pairs count as work."""
+median, spread (interquartile range), GFLOP/s: pyattn's; only (query, key) pairs that see each other count as work.
+peak: share of torch.mm's best rate here (half types: of fp32's if that is higher).
+sdpa, formula, fastest: how many times faster pyattn is, by the minima, than F.scaled_dot_product_attention, than the
+eager formula, and than the faster torch route, named under "which"; ~ is from a single sample.
+MiB, torch: extra peak memory of one call, outputs included, pyattn's and that torch route's."""
 
 
 def header_text(results: Results) -> str:
@@ -122,18 +125,18 @@ def header_text(results: Results) -> str:
 
 def row_text(row: Row, results: Results) -> str:
     timing, fastest = row.timings[PYATTN], row.fastest
-    ratios = "".join(f"{_ratio_text(row, route):>9}" for route in ("sdpa", "formula", fastest))
-    memory = " ".join(f"{_mib_text(row.extra_peak_bytes.get(route)):>6}" for route in (PYATTN, fastest))
+    ratios = "".join(f"{_ratio_text(row, route):>8}" for route in ("sdpa", "formula", fastest))
+    mib, torch_mib = (_mib_text(row.extra_peak_bytes.get(route)) for route in (PYATTN, fastest))
     return (
-        f"{row.op:<10}{row.direction:<17}{row.dtype:<6}{row.mask:<8}{_shape_text(row.shape):<14}{_time_text(timing.median_s):>9}"
-        f"{timing.spread:>7.0%}{row.gflops_per_s:>9.1f}{results.peak_share(row):>6.0%}"
-        f"{ratios}  {fastest:<9}{memory:>14}  {_verdict(row.ratio(fastest))}"
+        f"{row.op:<10}{SHORT[row.direction]:<8}{row.dtype:<6}{row.mask:<8}{_shape_text(row.shape):<13}"
+        f"{_time_text(timing.median_s):>8}{timing.spread:>7.0%}{row.gflops_per_s:>8.1f}{results.peak_share(row):>5.0%}"
+        f"{ratios} {fastest:<8}{mib:>5}{torch_mib:>6} {_verdict(row.speedup)}"
     ).rstrip()
 
 
 def failure_text(failure: Failure) -> str:
-    case = f"{failure.op:<10}{'':<17}{failure.dtype:<6}{failure.mask:<8}{_shape_text(failure.shape):<14}"
-    lines = [f"{case}NO TIME: {failure.reason}"]
+    case = f"{failure.op:<10}{'':<8}{failure.dtype:<6}{failure.mask:<8}{_shape_text(failure.shape):<13}"
+    lines = [f"{case} NO TIME: {failure.reason}"]
     for e in failure.errors:
         verdict = "passed" if e.passed else "FAILED"
         lines.append(f"    {e.result:<4}{verdict}: error {e.pyattn:.3g}, torch's {e.torch:.3g}, limit {e.limit:.3g}")

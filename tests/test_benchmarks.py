@@ -222,7 +222,7 @@ def test_json_of_another_schema_is_refused(tmp_path):
 def test_a_lost_row_is_shown_and_marked():
     won, lost = made_up(), made_up(seconds=(3e-3, 5e-3, 2e-3))
     assert report.row_text(lost.rows[0], lost).endswith("slower")
-    assert "0.67x  formula" in report.row_text(lost.rows[0], lost)
+    assert "0.67x formula" in report.row_text(lost.rows[0], lost)
     assert not report.row_text(won.rows[0], won).endswith("slower")
     assert f"{len(lost.rows)} rows: {len(lost.rows)} slower than" in report.summary_text(lost)
 
