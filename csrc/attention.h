@@ -41,7 +41,7 @@ struct AttentionProblem {
   int threads = 1;
 
   Tensor q, k, v;
-  Tensor bias;  // optional; q's dtype
+  Tensor bias;  // optional; q's dtype, or float32
   Tensor mask;  // optional; one byte per element, nonzero = attend (its dtype field is not used)
 };
 

@@ -79,15 +79,21 @@ void set_tensor(const TensorView& view, const char* name, const Shape& shape, bo
   to.col = stride(shape.rank - 1);
 }
 
-void bind_float(py::handle object, const char* name, Dtype dtype, const Shape& shape, bool broadcast, TensorView& view,
-                Tensor& to) {
+// A tensor of one of two dtypes.
+void bind_float(py::handle object, const char* name, Dtype dtype, Dtype or_dtype, const Shape& shape, bool broadcast,
+                TensorView& view, Tensor& to) {
   read(object, name, view);
   to.dtype = floating_dtype(view, name);
-  if (to.dtype != dtype) throw py::type_error(std::string(name) + " does not have the dtype that goes with q's");
+  if (to.dtype != dtype && to.dtype != or_dtype)
+    throw py::type_error(std::string(name) + " does not have the dtype that goes with q's");
   set_tensor(view, name, shape, broadcast, to);
   // The kernels take a missing pointer for a missing tensor; one of size 0 may have none and is never read.
   static char empty;
   if (to.data == nullptr) to.data = &empty;
+}
+
+void bind_float(py::handle object, const char* name, Dtype dtype, const Shape& shape, TensorView& view, Tensor& to) {
+  bind_float(object, name, dtype, dtype, shape, false, view, to);
 }
 
 // lse and its gradient: [*batch, heads, rows]
@@ -139,8 +145,11 @@ void bind_problem(py::handle q, py::handle k, py::handle v, py::handle bias, py:
     throw py::value_error("q has " + std::to_string(p.Hq) + " heads, not a multiple of the " + std::to_string(p.Hkv) +
                           " of k and v");
   }
-  bind_float(k, "k", p.q.dtype, Shape(p, p.Hkv, p.S, p.D), false, views.k, p.k);
-  if (!bias.is_none()) bind_float(bias, "bias", p.q.dtype, Shape(p, p.Hq, p.L, p.S), true, views.bias, p.bias);
+  bind_float(k, "k", p.q.dtype, Shape(p, p.Hkv, p.S, p.D), views.k, p.k);
+  if (!bias.is_none()) {
+    bind_float(bias, "bias", p.q.dtype, accumulation_dtype(p.q.dtype), Shape(p, p.Hq, p.L, p.S), true, views.bias,
+               p.bias);
+  }
   if (!mask.is_none()) {
     read(mask, "mask", views.mask);
     if (!views.mask.has_dtype(dlpack::kDLBool, 8)) throw py::type_error("mask must be a bool tensor");
@@ -170,7 +179,7 @@ void attention_forward(py::handle q, py::handle k, py::handle v, py::handle bias
   ProblemViews views;
   TensorView out_view, lse_view;
   bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
-  bind_float(out, "out", p.q.dtype, Shape(p, p.Hq, p.L, p.Dv), false, out_view, p.out);
+  bind_float(out, "out", p.q.dtype, Shape(p, p.Hq, p.L, p.Dv), out_view, p.out);
   if (!lse.is_none()) bind_rows(lse, "lse", p, lse_view, p.lse);
   const AttentionKernels& kernels = attention_kernels();
   const py::gil_scoped_release release;
@@ -186,16 +195,16 @@ void attention_backward(py::handle dout, py::handle dlse, py::handle q, py::hand
   TensorView dout_view, dlse_view, out_view, lse_view, dq_view, dk_view, dv_view, dbias_view;
   bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
   const Dtype dtype = p.q.dtype;
-  bind_float(dout, "do", dtype, Shape(p, p.Hq, p.L, p.Dv), false, dout_view, p.dout);
+  bind_float(dout, "do", dtype, Shape(p, p.Hq, p.L, p.Dv), dout_view, p.dout);
   if (!dlse.is_none()) bind_rows(dlse, "dlse", p, dlse_view, p.dlse);
-  bind_float(out, "out", dtype, Shape(p, p.Hq, p.L, p.Dv), false, out_view, p.out);
+  bind_float(out, "out", dtype, Shape(p, p.Hq, p.L, p.Dv), out_view, p.out);
   bind_rows(lse, "lse", p, lse_view, p.lse);
-  bind_float(dq, "dq", dtype, Shape(p, p.Hq, p.L, p.D), false, dq_view, p.dq);
-  bind_float(dk, "dk", dtype, Shape(p, p.Hkv, p.S, p.D), false, dk_view, p.dk);
-  bind_float(dv, "dv", dtype, Shape(p, p.Hkv, p.S, p.Dv), false, dv_view, p.dv);
+  bind_float(dq, "dq", dtype, Shape(p, p.Hq, p.L, p.D), dq_view, p.dq);
+  bind_float(dk, "dk", dtype, Shape(p, p.Hkv, p.S, p.D), dk_view, p.dk);
+  bind_float(dv, "dv", dtype, Shape(p, p.Hkv, p.S, p.Dv), dv_view, p.dv);
   if (!dbias.is_none()) {
     if (bias.is_none()) throw py::value_error("dbias is given without bias");
-    bind_float(dbias, "dbias", dtype, Shape(p, p.Hq, p.L, p.S), true, dbias_view, p.dbias);
+    bind_float(dbias, "dbias", p.bias.dtype, p.bias.dtype, Shape(p, p.Hq, p.L, p.S), true, dbias_view, p.dbias);
     bool same = dbias_view.ndim == views.bias.ndim;
     for (int d = 0; same && d < views.bias.ndim; ++d) same = dbias_view.shape[d] == views.bias.shape[d];
     if (!same) throw py::value_error("dbias does not have the shape of bias");

@@ -39,9 +39,18 @@ def shape_text(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}"
 
 
-def check_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+def check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    mask_argument: str | None = None,
+) -> None:
     """Everything about the operands of attention that a kernel relies on; ranks and shared axes included, because
-    the dispatcher op can be called without the typed front."""
+    the dispatcher op can be called without the typed front. `mask_argument` is the name of the argument that bias or
+    mask came in, if it is neither."""
+    bias_name, mask_name = mask_argument or "bias", mask_argument or "mask"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 3:
             raise ShapeError(
@@ -50,25 +59,28 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
             )
     if query.dtype not in DTYPES:
         raise DtypeError(f"query: expected one of float32, bfloat16, float16, float64, got {query.dtype}")
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != query.dtype:
+    for name, operand in (("key", key), ("value", value)):
+        if operand.dtype != query.dtype:
             raise DtypeError(
-                f"{name}: expected query's dtype {query.dtype}, got {tensor.dtype}; {name}.to(query.dtype) converts"
+                f"{name}: expected query's dtype {query.dtype}, got {operand.dtype}; {name}.to(query.dtype) converts"
             )
     if bias is not None and bias.dtype not in (query.dtype, accumulation_dtype(query.dtype)):
         scores_dtype = accumulation_dtype(query.dtype)
-        raise DtypeError(f"bias: expected query's dtype {query.dtype} or the scores' {scores_dtype}, got {bias.dtype}")
-    for name, tensor in (("key", key), ("value", value), ("bias", bias), ("mask", mask)):
-        if tensor is not None and tensor.device != query.device:
-            raise DeviceError(f"{name}: expected query's device {query.device}, got {tensor.device}")
+        allowed = f"query's dtype {query.dtype} or the scores' {scores_dtype}" + (
+            " or torch.bool" if mask_argument else ""
+        )
+        raise DtypeError(f"{bias_name}: expected {allowed}, got {bias.dtype}")
+    for name, other in (("key", key), ("value", value), (bias_name, bias), (mask_name, mask)):
+        if other is not None and other.device != query.device:
+            raise DeviceError(f"{name}: expected query's device {query.device}, got {other.device}")
 
     batch, q_heads, q_len, head_dim = query.shape[:-3], query.shape[-3], query.shape[-2], query.shape[-1]
     kv_heads, kv_len = key.shape[-3], key.shape[-2]
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape[:-3] != batch:
+    for name, operand in (("key", key), ("value", value)):
+        if operand.shape[:-3] != batch:
             raise ShapeError(
-                f"{name}: expected query's batch dimensions {tuple(batch)}, got {tuple(tensor.shape[:-3])} "
-                f"(query {shape_text(query)}, {name} {shape_text(tensor)})"
+                f"{name}: expected query's batch dimensions {tuple(batch)}, got {tuple(operand.shape[:-3])} "
+                f"(query {shape_text(query)}, {name} {shape_text(operand)})"
             )
     if key.shape[-1] != head_dim:
         raise ShapeError(f"key: expected query's head_dim {head_dim} as last dimension, got {key.shape[-1]}")
@@ -86,14 +98,14 @@ def check_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
         )
     scores = (*batch, q_heads, q_len, kv_len)
     if bias is not None:
-        check_broadcasts("bias", bias, scores)
+        check_broadcasts(bias_name, bias, scores)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise DtypeError(
                 f"mask: expected torch.bool with True = attend, got {mask.dtype}. Additive terms go into bias=; "
                 "a 0/1 mask becomes a mask with (mask != 0)."
             )
-        check_broadcasts("mask", mask, scores)
+        check_broadcasts(mask_name, mask, scores)
 
 
 def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int]) -> None:
@@ -161,6 +173,6 @@ def check_supported(
     ]
     if missing:
         raise NotImplementedError(
-            f"pyattn {'and '.join(missing)}: part of the op's schema, but no backend (cpu, triton, reference) computes "
+            f"{' and '.join(missing)}: part of the op's schema, but no backend (cpu, triton, reference) computes "
             "it yet. A bool mask or a bias expresses windows, lengths and segments today."
         )

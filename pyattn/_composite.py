@@ -3,6 +3,7 @@ of the backward. They hold whole score matrices, O(q_len * kv_len); first deriva
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,8 @@ def backward_vjp(
     """Gradients for do, dlse, q, k, v and bias from cotangents of (dq, dk, dv) or (dq, dk, dv, dbias)."""
     backward, primals = _backward_of(do, dlse, operands, config)
     on_present, present = _without_none(lambda *inputs: backward(*inputs)[: len(cotangents)], primals)
-    _, vjp = torch.func.vjp(on_present, *present)
-    return _with_none(vjp(tuple(cotangents)), primals)
+    _, pullback = _vjp(on_present, *present)
+    return _with_none(pullback(tuple(cotangents)), primals)
 
 
 def _backward_of(
@@ -68,10 +69,15 @@ def _jvp(fn: Callable[..., tuple[Tensor, ...]], primals: Optionals, tangents: Op
     )
     # Pushing forward is pulling back twice, u -> vjp(u) being linear. torch.func.jvp would be direct, but it cannot run
     # inside torch.autograd.forward_ad's levels, which do not nest.
-    outputs, vjp = torch.func.vjp(on_present, *present)
-    _, transposed = torch.func.vjp(vjp, tuple(torch.zeros_like(output) for output in outputs))
+    outputs, pullback = _vjp(on_present, *present)
+    _, transposed = _vjp(pullback, tuple(torch.zeros_like(output) for output in outputs))
     (result,) = transposed(directions)
     return tuple(result)
+
+
+def _vjp(fn: Callable[..., Any], *primals: Any) -> tuple[Any, Callable[..., Any]]:
+    outputs, pullback = torch.func.vjp(fn, *primals)[:2]
+    return outputs, pullback
 
 
 def _without_none(

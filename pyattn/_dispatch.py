@@ -34,15 +34,19 @@ class Backend(Protocol):
 
     def isa(self) -> str:
         """The instruction set or architecture that its kernels are compiled for."""
+        ...
 
     def missing(self) -> str | None:
         """Why the backend cannot run at all here, or None."""
+        ...
 
     def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
         """Reasons not to run this problem; empty if it can."""
+        ...
 
     def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         """out, and lse if asked for: inference has no use for it."""
+        ...
 
     def backward(
         self,
@@ -323,13 +327,21 @@ def choose(operands: Operands, config: AttentionConfig) -> Backend:
             break
     if chosen is not None and not request.explain:
         return chosen
-    refusals = {b.name: _why_not(b, request, operands, config) for b in BACKENDS.values() if b is not chosen}
+    refusals: dict[str, tuple[str, ...]] = {
+        b.name: _why_not(b, request, operands, config) for b in BACKENDS.values() if b is not chosen
+    }
     if chosen is None:
         raise NotImplementedError(_no_backend(operands, refusals))
     reason = (
         f"use_backend({chosen.name!r}) asks for it" if request.backend else "the first in order to take the problem"
     )
     raise _Explained(Explanation("attention", chosen.name, chosen.isa(), chosen.memory, reason, refusals))
+
+
+def forward_with_lse(operands: Operands, config: AttentionConfig) -> tuple[Tensor, Tensor]:
+    out, lse = choose(operands, config).forward(operands, config, with_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def _why_not(backend: Backend, request: _Request, operands: Operands, config: AttentionConfig) -> tuple[str, ...]:

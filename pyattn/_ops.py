@@ -53,7 +53,7 @@ def _check(operands: Operands, config: AttentionConfig) -> None:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     operands, config = _split(args)
     _check(operands, config)
-    return _dispatch.choose(operands, config).forward(operands, config, with_lse=True)
+    return _dispatch.forward_with_lse(operands, config)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:

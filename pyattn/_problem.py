@@ -52,11 +52,11 @@ def kernel_arguments(operands: Operands, config: AttentionConfig) -> KernelArgum
     return KernelArguments(config.scale, config.dropout_p, config.right is not None, diagonal, config.prefix)
 
 
-def check(operands: Operands, config: AttentionConfig) -> None:
+def check(operands: Operands, config: AttentionConfig, mask_argument: str | None = None) -> None:
     """All that can be known before a kernel runs; the op may be called without the typed front."""
     o, c = operands, config
     _checks.check_supported(o.sinks, o.lengths, o.starts, o.q_segments, o.kv_segments, c.softcap, c.left, c.right)
-    _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask)
+    _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask, mask_argument)
     _checks.check_numbers(c.scale, c.dropout_p)
 
 
@@ -64,7 +64,8 @@ def empty_out(q: Tensor, v_dim: int) -> Tensor:
     """The output: q's dtype, and q's order of dimensions in memory (contiguous where q has no dense order)."""
     if q.shape[-1] == v_dim:
         return torch.empty_like(q)
-    order = sorted(range(q.dim()), key=q.stride, reverse=True)
+    # Expanded and overlapping queries have no order of their own; empty_like decides for both branches.
+    order = sorted(range(q.dim()), key=torch.empty_like(q, device="meta").stride, reverse=True)
     return torch.empty_permuted((*q.shape[:-1], v_dim), order, dtype=q.dtype, device=q.device)
 
 

@@ -39,7 +39,7 @@ class Transformable(torch.autograd.Function):
         if not _C.plain(q, k, v, bias, mask, seed):
             out, lse = torch.ops.pyattn.attention_forward(*operands, *config)
             return out, lse
-        return _dispatch.choose(operands, config).forward(operands, config, with_lse=True)
+        return _dispatch.forward_with_lse(operands, config)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -49,10 +49,10 @@ class Transformable(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         with _dispatch.requesting(ctx.backend):
-            dq, dk, dv, *dbias = _TransformableBackward.apply(do, dlse, out, lse, *tensors, ctx.config)
+            dq, dk, dv, *dbias = _TransformableBackward.apply(*grads, out, lse, *tensors, ctx.config)  # type: ignore[no-untyped-call]
         return dq, dk, dv, dbias[0] if dbias else None, None, None, None
 
     @staticmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, _dispatch, reference
-from ._checks import check_numbers, check_seed
+from ._checks import ShapeError, check_numbers, check_seed
 from ._problem import AttentionConfig, Operands, check
 from ._transforms import Transformable
 from ._types import typed
@@ -152,7 +152,9 @@ def scaled_dot_product_attention(
         mask = attn_mask
     else:
         bias = attn_mask
-    out = _attend(query, key, value, mask, bias, scale, dropout_p=dropout_p, is_causal=is_causal)[0]
+    out = _attend(
+        query, key, value, mask, bias, scale, dropout_p=dropout_p, is_causal=is_causal, mask_argument="attn_mask"
+    )[0]
     return out.squeeze(0) if matrices else out
 
 
@@ -214,40 +216,42 @@ def _attend(
     *,
     is_causal: bool = False,
     with_lse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Check, normalise, choose, call. The log-sum-exp is a real tensor only with `with_lse`."""
+    mask_argument: str | None = None,
+) -> tuple[Tensor, Any]:
+    """Check, normalise, choose, call. The second result is the log-sum-exp, which may be None without `with_lse`."""
     dynamo = torch.compiler.is_dynamo_compiling()
     if dynamo or torch._C._is_any_autocast_enabled():
-        query, key, value, bias = _autocast(query, key, value, bias)
+        query, key, value = (_autocast(x, query) for x in (query, key, value))
+        bias = None if bias is None else _autocast(bias, query)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
     if mask is None or isinstance(mask, Tensor):
         lowered = LoweredMask(mask, UPPER_LEFT, None, 0) if is_causal else LoweredMask(mask)
     else:
         lowered = lower(mask, query.shape[-2], key.shape[-2])
-    allowed, *window = lowered
-    config = AttentionConfig(scale, softcap or 0.0, dropout_p, *window)
+    allowed, align, left, right, prefix = lowered
+    config = AttentionConfig(scale, softcap or 0.0, dropout_p, align, left, right, prefix)
     operands = Operands(query, key, value, bias, sinks, allowed)
     if dynamo or query.is_meta:
         return _call_op(operands, config, dropout_seed)
 
     # The checks are made in C++, in 0.3 us; check() makes them again where the answer is no, to find the words.
     plain = _C.attention_operands(query, key, value, bias, allowed)
-    if plain and sinks is None and config.left is None and not softcap:
+    if plain and sinks is None and left is None and not softcap:
         check_numbers(scale, dropout_p)
     else:
-        check(operands, config)
+        check(operands, config, mask_argument)
     backend = _dispatch.choose(operands, config)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         seed = _seed(dropout_p, dropout_seed, query)
-        return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return]
+        return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return, no-untyped-call]
     if not plain or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return _call_op(operands, config, dropout_seed)
     if dropout_p > 0.0:
         operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
     if plain == _WITH_GRAD and torch.is_grad_enabled():
-        return _Attention.apply(query, key, value, bias, allowed, operands.seed, config, backend)  # type: ignore[no-any-return]
-    return backend.forward(operands, config, with_lse)  # type: ignore[return-value]
+        return _Attention.apply(query, key, value, bias, allowed, operands.seed, config, backend)  # type: ignore[no-any-return, no-untyped-call]
+    return backend.forward(operands, config, with_lse)
 
 
 _WITH_GRAD = 2  # _C.attention_operands: an operand requires grad
@@ -271,7 +275,8 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        do, dlse = grads
         q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
         operands = Operands(q, k, v, bias, mask=mask, seed=seed)
         bias_grad = ctx.needs_input_grad[3]
@@ -286,13 +291,12 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(tensor: Tensor, query: Tensor) -> Tensor:
     """As torch's SDPA does under autocast: to the autocast dtype, float64 excepted, inside autograd."""
-    device_type = next(x.device.type for x in tensors if x is not None)
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors]
+    kind = query.device.type
+    if tensor.dtype == torch.float64 or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
 
 
 def _seed(dropout_p: float, seed: int | Tensor | None, query: Tensor) -> Tensor | None:
@@ -316,5 +320,12 @@ def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
     """Views whose batch dimensions are broadcast as torch.matmul does; heads too, where they are not groups."""
     operands = [x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value)]
     rank = 3 if enable_gqa else 2
-    lead = torch.broadcast_shapes(*(x.shape[:-rank] for x in operands))
+    try:
+        lead = torch.broadcast_shapes(*(x.shape[:-rank] for x in operands))
+    except RuntimeError as error:
+        shapes = ", ".join(
+            f"{name} {tuple(x.shape)}" for name, x in zip(("query", "key", "value"), operands, strict=True)
+        )
+        hint = "" if enable_gqa else "; enable_gqa=True groups query heads over fewer key and value heads"
+        raise ShapeError(f"query, key, value: batch dimensions do not broadcast: {shapes}{hint}") from error
     return [x.expand(*lead, *x.shape[-rank:]) for x in operands]
