@@ -205,7 +205,7 @@ def test_predict_reads_a_file_and_standard_input_alike(model, tmp_path, capsys):
     assert (labels[0], labels[2]) == ("1", "0") and len(labels) == 3
     assert all(0.5 <= float(probability) <= 1 for probability in probabilities)
 
-    command = [sys.executable, "-m", "pyattn", "predict", str(model)]
+    command = [sys.executable, "-m", "pyattn", "predict", str(model), "--threads", "1"]  # as in this process
     piped = subprocess.run(command, input=texts.read_bytes(), capture_output=True, timeout=300)
     assert (piped.returncode, piped.stderr) == (0, b"")
     assert piped.stdout.decode() == output
