@@ -4,8 +4,9 @@ The speed itself is a benchmark's business; here, calls of the ordinary kind mus
 """
 
 import inspect
+import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Union
 
 import jaxtyping
@@ -61,6 +62,9 @@ def quick_check(function: Callable[..., object]) -> Callable[..., bool]:
     return _C.compile_signature(_types._compile(inspect.signature(function)))
 
 
+attend_quickly = quick_check(attend)
+
+
 def qkv(kv_len: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(2, 3, 4, 8), torch.randn(2, 3, kv_len, 8), torch.randn(2, 3, kv_len, 7)
 
@@ -109,9 +113,10 @@ def axis_strings(draw: st.DrawFn) -> str:
 
 
 arrays = st.builds(lambda array, axes: array[Tensor, axes], st.sampled_from(ARRAYS), axis_strings())
-annotations = st.tuples(st.lists(arrays, max_size=2), st.lists(st.sampled_from(OTHERS), max_size=2)).map(
+unions = st.tuples(st.lists(arrays, max_size=2), st.lists(st.sampled_from(OTHERS), max_size=2)).map(
     lambda members: Union[(*members[0], *members[1])] if any(members) else Any
 )
+annotations = st.one_of(arrays, unions)
 
 
 @st.composite
@@ -156,52 +161,89 @@ def fitting_arguments(draw: st.DrawFn, annotation: Any, known: dict[str, Any], k
     return dress(tensor, draw(st.sampled_from(kinds)))
 
 
-arbitrary_arguments = st.one_of(st.sampled_from(SCALARS), st.builds(torch.zeros, shapes, dtype=st.sampled_from(DTYPES)))
-
-
 @st.composite
-def calls(draw: st.DrawFn, function: Callable[..., object], kinds: list[str]) -> list[Any]:
-    """Arguments for all parameters: fitting ones, but in half of the calls for one that may be anything."""
+def fitting_calls(draw: st.DrawFn, function: Callable[..., object], kinds: list[str]) -> list[Any]:
+    """An argument for every parameter. Together they usually fit."""
     known: dict[str, Any] = {}
     hints = [parameter.annotation for parameter in inspect.signature(function).parameters.values()]
-    args = [draw(fitting_arguments(hint, known, kinds)) for hint in hints]
-    if draw(st.booleans()):
-        args[draw(st.integers(0, len(args) - 1))] = draw(arbitrary_arguments)
-    return args
+    return [draw(fitting_arguments(hint, known, kinds)) for hint in hints]
 
 
-def full_check(function: Callable[..., object]) -> Callable[..., object]:
-    """jaxtyping and beartype on the parameters of `function`, all of them by position."""
+def neighbours(args: list[Any]) -> Iterator[list[Any]]:
+    """The call, and those that differ from it in one respect of one argument; most do not fit."""
+    yield args
+    for position, argument in enumerate(args):
+        others: list[Any] = [None, True]
+        if isinstance(argument, Tensor):
+            shape = tuple(argument.shape)
+            others += [argument.new_zeros(shape, dtype=torch.float16), argument.new_zeros(shape, dtype=torch.int32)]
+            changed = [(*shape[:i], size, *shape[i + 1 :]) for i in range(len(shape)) for size in (1, 2, 5)]
+            others += [argument.new_zeros(other) for other in (*changed, (1, *shape), (2, *shape), shape[1:])]
+        for other in others:
+            yield [*args[:position], other, *args[position + 1 :]]
 
-    def check(*args: object) -> None: ...
 
+def verdict(function: Callable[..., object], args: list[Any]) -> bool:
+    """jaxtyping's and beartype's, without the milliseconds that they take to write the message of a misfit."""
     parameters = inspect.signature(function).parameters.values()
-    positional = [p.replace(kind=p.POSITIONAL_ONLY, default=p.empty) for p in parameters]
-    check.__signature__ = inspect.Signature(positional)  # type: ignore[attr-defined]
-    return jaxtyped(check, typechecker=beartype)
+    with jaxtyped("context"):
+        return all(is_bearable(argument, p.annotation) for p, argument in zip(parameters, args, strict=True))
+
+
+def annotated(*hints: Any) -> Callable[..., object]:
+    def template(a, b, c): ...  # type: ignore[no-untyped-def]
+
+    function = types.FunctionType(template.__code__, template.__globals__, "function")
+    function.__annotations__ = dict(zip("abc", hints, strict=True))
+    return function
 
 
 @given(st.data())
 def test_verdict_is_that_of_jaxtyping_and_beartype(data: st.DataObject) -> None:
-    def template(a, b, c): ...  # type: ignore[no-untyped-def]
+    function = annotated(*(data.draw(annotations, label=name) for name in "abc"))
+    args = data.draw(fitting_calls(function, ["plain", "plain", "strided", "parameter", "meta", "subclass"]))
 
-    function = types.FunctionType(template.__code__, template.__globals__, "function")
-    function.__annotations__ = {name: data.draw(annotations, label=name) for name in "abc"}
-    args = data.draw(calls(function, ["plain", "plain", "plain", "strided", "parameter", "meta", "subclass"]))
-
-    verdict = accepts(full_check(function), *args)
-    assert accepts(typed(function), *args) == verdict
-    if quick_check(function)(*args):
-        assert verdict
-
-
-attend_fully = full_check(attend)
-attend_quickly = quick_check(attend)
+    expected = accepts(jaxtyped(function, typechecker=beartype), *args)
+    assert accepts(typed(function), *args) == verdict(function, args) == expected
+    quickly = quick_check(function)
+    for call in neighbours(args):
+        if quickly(*call):
+            assert verdict(function, call), call
 
 
-@given(calls(attend, ["plain", "strided", "parameter"]))
+@given(fitting_calls(attend, ["plain", "strided", "parameter"]))
 def test_ordinary_calls_are_decided_quickly(args: list[Any]) -> None:
-    assert attend_quickly(*args) == accepts(attend_fully, *args)
+    for call in neighbours(args):
+        assert attend_quickly(*call) == verdict(attend, call), call
+
+
+FEW_SHAPES = [torch.zeros(shape) for shape in [(), (1,), (2,), (3,), (1, 2), (2, 1), (2, 3)]]
+
+
+# Rules that random annotations meet too rarely: what a run has broadcast to, and unions whose members both fit.
+@pytest.mark.parametrize("axes", list(itertools.product(["*b", "*#b"], repeat=3)), ids=" ".join)
+def test_runs_that_broadcast(axes: tuple[str, ...]) -> None:
+    function = annotated(*(Float[Tensor, each] for each in axes))
+    quickly = quick_check(function)
+    for args in itertools.product(FEW_SHAPES, repeat=3):
+        assert quickly(*args) == verdict(function, [*args]), args
+
+
+@pytest.mark.parametrize(
+    "union",
+    [
+        Float[Tensor, "m n"] | Float[Tensor, "n m"],
+        Float[Tensor, "#m"] | Shaped[Tensor, "*n"],
+        Tensor | Float[Tensor, " n"],
+        object | Float[Tensor, "n m"],
+    ],
+    ids=str,
+)
+def test_unions_of_which_two_members_fit(union: Any) -> None:
+    function = annotated(union, Float[Tensor, "*#n"], Float[Tensor, " m"] | None)
+    quickly = quick_check(function)
+    for args in itertools.product(FEW_SHAPES, repeat=3):
+        assert not quickly(*args) or verdict(function, [*args]), args
 
 
 @pytest.mark.parametrize("name", [name for name in pyattn.__all__ if hasattr(getattr(pyattn, name), "__wrapped__")])
