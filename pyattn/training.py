@@ -170,7 +170,8 @@ def train_epochs(classifier: Classifier, split: Split, *, epochs: int, batch_siz
     numbers are drawn from torch's generator: ``torch.manual_seed`` makes a run repeatable.
     """
     tokens = classifier.encode([example.text for example in split.train])
-    targets = torch.tensor([classifier.labels.index(example.label) for example in split.train])
+    class_of = {label: idx for idx, label in enumerate(classifier.labels)}
+    targets = torch.tensor([class_of[example.label] for example in split.train])
     lengths = text_lengths(tokens)
     model = classifier.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)

@@ -12,6 +12,7 @@ import torch
 
 from pyattn import training
 from pyattn.__main__ import main
+from pyattn._progress import progress
 from pyattn.training import FORMAT, Classifier, Epoch, ModelFileError, Settings
 
 SMALL = ["--epochs", "2", "--batch-size", "8"]
@@ -191,6 +192,17 @@ def test_options_out_of_range_are_usage_errors(option, value, capsys):
         main(["train", option, value])
     assert stopped.value.code == 2
     assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_progress_is_drawn_on_a_terminal_and_nowhere_else(monkeypatch, capsys):
+    assert list(progress("abcd", "letters")) == list("abcd")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    items = progress("abcd", "letters")
+    assert next(items) == "a"
+    assert capsys.readouterr().err == f"\rletters [{' ' * 30}] 0/4"
+    items.close()  # as an interrupt would
+    assert capsys.readouterr().err == "\r\033[K"
 
 
 # ---- predict ----
