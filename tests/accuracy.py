@@ -13,6 +13,7 @@ from problems import Problem, Results
 from torch import Tensor
 
 from pyattn import reference
+from pyattn._checks import accumulation_dtype
 
 # float32 and float64 have less room than the half types: kernel and yardstick round equally often.
 FACTORS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 3.0, torch.float64: 3.0}
@@ -129,26 +130,29 @@ def magnitude(problem: Problem) -> Results:
 
     This and not |result|: the gradient of a softmax over one key is 0 as the difference of two equal numbers, each of
     which was rounded. A weight is an exponential, so the absolute error of its score, which no dtype computes in less
-    than float32, is a relative error of the weight.
+    than float32, is a relative error of the weight; in the backward so is the error of the lse, which was stored.
     """
     q, k, v, do = (x.double().abs() for x in _without_garbage(problem))
     k_heads, v_heads = (_per_query_head(x, q) for x in (k, v))
     scale, keep = abs(problem.kernel_arguments["scale"]), _keep(problem)
     scores = scale * (q @ k_heads.mT)
-    score_eps = torch.finfo(torch.promote_types(problem.q.dtype, torch.float32)).eps / torch.finfo(problem.q.dtype).eps
-    weights = _weights(problem) * (1.0 + score_eps * scores)
-    dropped = weights * keep
+    score_eps = torch.finfo(accumulation_dtype(problem.q.dtype)).eps / torch.finfo(problem.q.dtype).eps
+    exact = _weights(problem)
+    weights = exact * (1.0 + score_eps * scores)
+    out = (weights * keep) @ v_heads
+
+    weights = weights + exact * (score_eps * math.log(max(k.shape[-2], 1)))
     dp = keep * (do @ v_heads.mT)
     delta = (weights * dp).sum(dim=-1)
     if problem.dlse is not None:
         delta = delta + problem.dlse.double().abs()
     ds = weights * (dp + delta.unsqueeze(-1))
     return Results(
-        out=dropped @ v_heads,
+        out=out,
         lse=torch.logsumexp(scores, dim=-1).clamp(min=1.0),
         dq=scale * (ds @ k_heads),
         dk=_per_kv_head(scale * (ds.mT @ q), k),
-        dv=_per_kv_head(dropped.mT @ do, v),
+        dv=_per_kv_head((weights * keep).mT @ do, v),
         dbias=None if problem.bias is None else ds.sum_to_size(problem.bias.shape),
     )
 

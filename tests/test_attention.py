@@ -129,6 +129,19 @@ def test_error_is_that_of_torchs_kernel(dtype: torch.dtype, causal: bool) -> Non
         accuracy.assert_within_gate(name, *([row[index] for row in rows] for rows in (ours, truths, theirs)))
 
 
+BIASES = [(), (1031,), (203, 1), (203, 1031), (2, 1, 1), (3, 1, 1, 1), (3, 1, 1, 1031), (3, 2, 203, 1031)]
+
+
+@pytest.mark.parametrize("shape", BIASES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_a_bias_that_broadcasts(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Up to a million terms of one sign and size, dlse / kv_len: a sum done in one run loses digits, and shows."""
+    problem = make((3,), 2, 1, 203, 1031, 5, 3, dtype=dtype, scale=0.0)
+    bias = torch.zeros(shape, dtype=dtype)
+    problem = replace(problem, bias=bias, do=torch.zeros_like(problem.do), dlse=problem.dlse.abs() + 1.0)
+    accuracy.check(run(problem), problem)
+
+
 def test_float16_scores_beyond_its_range() -> None:
     """q.k reaches 10^6, where float16 ends at 65504: the scores are float32 and nothing becomes NaN."""
     problem = make(dtype=torch.float16, head_dim=64)
