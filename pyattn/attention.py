@@ -293,10 +293,9 @@ class _Attention(torch.autograd.Function):
 
 def _autocast(tensor: Tensor, query: Tensor) -> Tensor:
     """As torch's SDPA does under autocast: to the autocast dtype, float64 excepted, inside autograd."""
-    kind = query.device.type
-    if tensor.dtype == torch.float64 or not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if tensor.dtype == torch.float64 or query.is_meta or not torch.is_autocast_enabled(query.device.type):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype(query.device.type))
 
 
 def _seed(dropout_p: float, seed: int | Tensor | None, query: Tensor) -> Tensor | None:
