@@ -226,7 +226,7 @@ def show_reloaded(classifier: Classifier, split: Split, path: Path) -> None:
     step = max(1, len(split.test) // 5)
     for text, label in split.test[::step][:5]:
         ((predicted, probability),) = reloaded.predict([text])
-        verdict = "right" if predicted == label else f"is {label}"
+        verdict = "right" if predicted == label else f"but it is {label}"
         print(f"  {shortened(text, 60):60}  {predicted} {probability:.2f}, {verdict}")
     print(f"\nTo use it: python -m pyattn predict {path} FILE")
 
