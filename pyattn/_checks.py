@@ -136,8 +136,10 @@ def check_seed(seed: Tensor | None, query: Tensor, dropout_p: float) -> None:
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-d int64 tensor, got None")
     if seed is not None:
-        if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise ShapeError(f"dropout_seed: expected a 0-d int64 tensor, got {seed.dtype} of shape {shape_text(seed)}")
+        if seed.dtype != torch.int64:
+            raise DtypeError(f"dropout_seed: expected a 0-d int64 tensor, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise ShapeError(f"dropout_seed: expected a 0-d int64 tensor, got shape {shape_text(seed)}")
         if seed.device != query.device:
             raise DeviceError(f"dropout_seed: expected query's device {query.device}, got {seed.device}")
 
