@@ -8,11 +8,13 @@
 // loop and blocks of queries the inner one; dq of a chunk is summed up by itself and added to the total in the order of
 // chunks, dk and dv in the order of heads. Threads take either whole heads or chunks, and the additions are the same.
 
-// Queries per tile; a tile of P and one of dS are 12 KB each.
-constexpr int kTileRows = 48;
+// Queries per tile. dk and dv of a unit pass through the registers once per tile, so more rows make that rarer; a tile
+// of P and one of dS are 24 KB each. Against 48 rows: +8 % at head_dim 256, +10 % at 32, nothing at 128 keys; 120 rows
+// gain no more (Zen 3, AVX2, one thread).
+constexpr int kTileRows = 96;
 constexpr int kTileStride = kUnit;
-constexpr int kTileGroups = (kUnit + kMR - 1) / kMR;  // of rows or of keys
-static_assert(kTileRows <= kUnit, "kTileGroups counts groups of both");
+constexpr int kTileGroups = (kTileRows + kMR - 1) / kMR;  // of queries; there are fewer of keys
+static_assert(kTileRows >= kUnit);
 
 // A chunk has at least this many units, since it costs an addition to dq; and there are at most so many chunks, since
 // each may need a dq of its own.
@@ -299,59 +301,62 @@ struct Backward {
                 int rows, int64_t first_key, int64_t origin, const KeySpan<T>& keys, const QuerySpan<T>& queries,
                 T* dq) const {
     const Visibility& visible = maker.visible;
-    const int64_t end = visible.row_end(first + rows - 1);
-    const int count = static_cast<int>(clamp<int64_t>(end - first_key, 0, kUnit));
-    if (count == 0) return;
-    const Open state = visible.tile_state(first, rows, first_key, count);
-    if (state == Open::kNone) return;
+    GroupView groups[kTileGroups];
+    if (!visible.view(first, rows, first_key, groups)) return;
 
-    int columns[kTileGroups];
+    // The keys that each group of queries sees, and the queries that see each group of keys.
     Range seen_keys[kTileGroups], seen_queries[kTileGroups];
+    int count = 0, begin = rows, end = 0;
     for (int g = 0; g < row_groups(rows); ++g) {
-      const int64_t last = first + smaller(rows, (g + 1) * kMR) - 1;
-      columns[g] = static_cast<int>(clamp<int64_t>(visible.row_end(last) - first_key, 0, count));
-      seen_keys[g] = {0, columns[g]};
+      seen_keys[g] = {0, groups[g].columns};
+      count = larger(count, groups[g].columns);
+      if (groups[g].columns == 0) continue;
+      begin = smaller(begin, g * kMR);
+      end = smaller(rows, (g + 1) * kMR);
     }
     for (int g = 0; g < row_groups(count); ++g) {
-      const int64_t begin = visible.first_row(first_key + g * kMR) - first;
-      seen_queries[g] = {static_cast<int>(clamp<int64_t>(begin, 0, rows)), rows};
+      seen_queries[g] = {static_cast<int>(clamp<int64_t>(visible.first_row(first_key + g * kMR) - first, begin, rows)),
+                         end};
     }
 
     constexpr int ld = kTileStride;
     const int64_t at = first_key - origin;
     const T *q = queries.q + first * ldk, *dout = queries.dout + first * ldv;
-    multiply_panels<T>(rows, q, ldk, keys.kt + at * p.D, p.D, queries.p, ld, columns);
-    multiply_panels<T>(rows, dout, ldv, keys.vt + at * p.Dv, p.Dv, queries.ds, ld, columns);
+    multiply_panels<T>(rows, q, ldk, keys.kt + at * p.D, p.D, queries.p, ld, groups);
+    multiply_panels<T>(rows, dout, ldv, keys.vt + at * p.Dv, p.Dv, queries.ds, ld, groups);
 
     const Matrix bias = dbias.on ? matrix(p, dbias.sums, b, h) : Matrix{};
     for (int i = 0; i < rows; ++i) {
       const int64_t query = first + i;
-      const int n = static_cast<int>(clamp<int64_t>(visible.row_end(query) - first_key, 0, count));
+      const GroupView& view = groups[i / kMR];
+      const int n = visible.columns(query, first_key, view.columns);
       T *prob = queries.p + i * ld, *ds = queries.ds + i * ld;
-      if (n > 0)
-        finish_row(maker, dropout, query, first_key, n, state, queries.lse[query], queries.delta[query], prob, ds);
+      if (n > 0) {
+        finish_row(maker, dropout, query, first_key, n, view.masked, queries.lse[query], queries.delta[query], prob,
+                   ds);
+      }
       for (int c = n; c < kUnit; ++c) prob[c] = ds[c] = 0;
       if (dbias.on) dbias.add_row(bias, chunk, query, first_key, n, ds);
     }
 
     const int width_k = static_cast<int>(padded<T>(p.D)), width_v = static_cast<int>(padded<T>(p.Dv));
-    multiply_rows<T>(count, queries.p, 1, ld, dout, ldv, width_v, keys.dv + at * ldv, ldv, seen_queries);
-    multiply_rows<T>(count, queries.ds, 1, ld, q, ldk, width_k, keys.dk + at * ldk, ldk, seen_queries);
-    multiply_rows<T>(rows, queries.ds, ld, 1, keys.k + at * ldk, ldk, width_k, dq + first * ldk, ldk, seen_keys);
+    multiply_rows<T>(count, queries.p, 1, ld, dout, ldv, width_v, keys.dv + at * ldv, ldv, seen_queries, true);
+    multiply_rows<T>(count, queries.ds, 1, ld, q, ldk, width_k, keys.dk + at * ldk, ldk, seen_queries, true);
+    multiply_rows<T>(rows, queries.ds, ld, 1, keys.k + at * ldk, ldk, width_k, dq + first * ldk, ldk, seen_keys, true);
   }
 
   // One row of a tile: products q.k and do.v become the P that multiplies do (that is, with dropout) and dS.
   void finish_row(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t query, int64_t first_key, int n,
-                  Open state, T lse, T delta, T* prob, T* ds) const {
+                  bool masked, T lse, T delta, T* prob, T* ds) const {
     uint32_t words[kUnit];
     if (dropout.on) {
       dropout.draw(query, first_key, words);
       dropout.drop(words, n, ds);
     }
-    if (state == Open::kAll && !maker.has_bias) {
+    if (!masked && !maker.has_bias) {
       softmax_gradient<false>(n, lse, delta, prob, ds);
     } else {
-      maker.finish(query, first_key, n, state, prob);
+      maker.finish(query, first_key, n, masked, prob);
       softmax_gradient<true>(n, lse, delta, prob, ds);
     }
     if (dropout.on) dropout.drop(words, n, prob);

@@ -52,10 +52,8 @@ struct QueryBlock {
 // One unit of keys in the score buffer.
 struct Slot {
   int64_t first_key;
-  int keys;  // of the unit, as far as the block sees any
-  Open state;
   bool marked;
-  int columns[kQueryGroups];  // that row group g of the block sees; what lies beyond is not computed
+  GroupView groups[kQueryGroups];
 };
 
 // The running state of one row: m is the maximum of the scores so far, l the sum of e^(score - m).
@@ -86,7 +84,7 @@ T softmax_step(T* scores, int n, SoftmaxRow<T>& row) {
 
   T rescale = 1;
   if (block_max > row.m) {
-    rescale = exp(broadcast(row.m - block_max))[0];  // 0 the first time
+    if (row.l != 0) rescale = exp(broadcast(row.m - block_max))[0];
     row.m = block_max;
   }
   const Vec<T> pivot = broadcast(row.m == -T(INFINITY) ? T(0) : row.m);  // -inf - -inf would be NaN
@@ -143,44 +141,34 @@ struct Forward {
     for (int i = 0; i < rows; ++i) {
       softmax[i] = {-T(INFINITY), 0, !finite && !row_is_finite<T>(q, first + i, p.D)};
       if (softmax[i].poisoned) memset(block.q + i * ldq, 0, ldq * sizeof(T));
-      memset(block.acc + i * ldv, 0, ldv * sizeof(T));
     }
 
     const int64_t end = maker.visible.row_end(first + rows - 1);
+    bool started = false;
     for (int64_t unit = 0; unit * kUnit < end;) {
       Slot slots[kKeyBlock];
       int count = 0;
       for (; count < kKeyBlock && unit * kUnit < end; ++unit) {
-        if (find_slot(maker.visible, first, rows, unit, end, slots[count])) {
-          slots[count++].marked = keys.marked[unit];
-        }
+        Slot& slot = slots[count];
+        slot.first_key = unit * kUnit;
+        slot.marked = keys.marked[unit];
+        count += maker.visible.view(first, rows, slot.first_key, slot.groups);
       }
-      key_block(maker, dropout, first, rows, slots, count, keys, block, softmax);
+      key_block(maker, dropout, first, rows, slots, count, keys, started, block, softmax);
+      started |= count > 0;
     }
     finish(b, h, first, rows, dropout, block, softmax);
   }
 
  private:
-  // Describes a unit of which some key lies below `end`; false if the mask hides all of it from the block.
-  static bool find_slot(const Visibility& visible, int64_t first, int rows, int64_t unit, int64_t end, Slot& slot) {
-    slot.first_key = unit * kUnit;
-    slot.keys = static_cast<int>(smaller<int64_t>(kUnit, end - slot.first_key));
-    slot.state = visible.tile_state(first, rows, slot.first_key, slot.keys);
-    if (slot.state == Open::kNone) return false;
-    for (int g = 0; g < row_groups(rows); ++g) {
-      const int64_t last = first + smaller(rows, (g + 1) * kMR) - 1;
-      slot.columns[g] = static_cast<int>(clamp<int64_t>(visible.row_end(last) - slot.first_key, 0, slot.keys));
-    }
-    return true;
-  }
-
-  // acc and softmax take in the keys of `slots`.
+  // acc and softmax take in the keys of `slots`; acc is set if nothing has `started` it.
   void key_block(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t first, int rows, const Slot* slots,
-                 int count, const PackedKeys<T>& keys, const QueryBlock<T>& block, SoftmaxRow<T>* softmax) const {
+                 int count, const PackedKeys<T>& keys, bool started, const QueryBlock<T>& block,
+                 SoftmaxRow<T>* softmax) const {
     constexpr int ld = kScoreStride<T>;
     for (int s = 0; s < count; ++s) {
       multiply_panels<T>(rows, block.q, ldq, keys.kt + slots[s].first_key * p.D, p.D, block.scores + s * kUnit, ld,
-                         slots[s].columns);
+                         slots[s].groups);
     }
     for (int i = 0; i < rows; ++i) {
       const T rescale =
@@ -194,29 +182,30 @@ struct Forward {
     }
     for (int s = 0; s < count; ++s) {
       Range depth[kQueryGroups];
-      for (int g = 0; g < row_groups(rows); ++g) depth[g] = {0, slots[s].columns[g]};
+      for (int g = 0; g < row_groups(rows); ++g) depth[g] = {0, slots[s].groups[g].columns};
       multiply_rows<T>(rows, block.scores + s * kUnit, ld, 1, keys.v + slots[s].first_key * ldv, ldv,
-                       static_cast<int>(padded<T>(p.Dv)), block.acc, ldv, depth);
+                       static_cast<int>(padded<T>(p.Dv)), block.acc, ldv, depth, started || s > 0);
     }
   }
 
-  // One row of products becomes one row of probabilities, up to the columns that its group computes; returns the
+  // One row of products becomes one row of probabilities, 0 where the row does not see what its group sees; returns the
   // rescaling of the row's earlier sums.
   T score_row(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t query, int group, const Slot* slots,
               int count, const PackedKeys<T>& keys, T* scores, SoftmaxRow<T>& softmax) const {
-    const int64_t row_end = maker.visible.row_end(query);
-    int n = 0, computed = 0;  // columns that the row sees, and that its group has: both leading, both without gaps
+    int n = 0, end = 0;  // columns up to the last one that the row sees, and that the group sees
     for (int s = 0; s < count; ++s) {
       const Slot& slot = slots[s];
-      const int seen = static_cast<int>(clamp<int64_t>(row_end - slot.first_key, 0, slot.keys));
-      n += seen;
-      computed += slot.columns[group];
+      const GroupView& view = slot.groups[group];
+      const int begin = s * kUnit, seen = maker.visible.columns(query, slot.first_key, view.columns);
+      if (view.columns > 0) end = begin + view.columns;
       if (seen == 0) continue;
-      maker.finish(query, slot.first_key, seen, slot.state, scores + s * kUnit);
-      if (slot.marked) softmax.poisoned |= attends(keys.bad_key + slot.first_key, scores + s * kUnit, seen);
+      for (int c = n; c < begin; ++c) scores[c] = -T(INFINITY);
+      maker.finish(query, slot.first_key, seen, view.masked, scores + begin);
+      if (slot.marked) softmax.poisoned |= attends(keys.bad_key + slot.first_key, scores + begin, seen);
+      n = begin + seen;
     }
     const T rescale = n == 0 ? T(1) : softmax_step(scores, n, softmax);
-    for (int c = n; c < computed; ++c) scores[c] = 0;
+    for (int c = n; c < end; ++c) scores[c] = 0;
     if (dropout.on) {
       for (int s = 0; s * kUnit < n; ++s) {
         uint32_t words[kUnit];
@@ -243,6 +232,7 @@ struct Forward {
       SoftmaxRow<T> row = softmax[i];
       const bool empty = row.l == 0;  // nothing to attend to, or only scores of -inf
       if (row.poisoned && !empty) row.l = T(NAN);
+      if (empty) memset(block.acc + i * ldv, 0, ldv * sizeof(T));  // it may never have been set
       store_row<T>(out, first + i, p.Dv, block.acc + i * ldv,
                    empty ? T(0) : static_cast<T>(dropout.keep_scale) / row.l);
       if (p.lse.data == nullptr) continue;

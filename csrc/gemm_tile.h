@@ -79,15 +79,15 @@ PYATTN_INLINE Tile<T> tile_of(int rows, int vectors) {
 
 PYATTN_INLINE int row_groups(int rows) { return (rows + kMR - 1) / kMR; }
 
-// c[rows][kUnit] = a b, b packed in panels [panel][depth][kPanel]. Group g of kMR rows is computed in the columns below
-// columns[g] only, rounded up to a vector; what lies beyond is left as it was.
-template <class T>
+// c[rows][kUnit] = a b, b packed in panels [panel][depth][kPanel]. Group g of kMR rows is computed in its leading
+// groups[g].columns only, rounded up to a vector; what lies beyond is left as it was.
+template <class T, class Group>
 void multiply_panels(int rows, const T* a, int64_t lda, const T* b, int64_t depth, T* c, int64_t ldc,
-                     const int* columns) {
+                     const Group* groups) {
   for (int n = 0; n < kUnit; n += kPanel<T>) {
     for (int g = 0; g < row_groups(rows); ++g) {
-      const int vectors = (columns[g] - n + kWidth<T> - 1) / kWidth<T>;
-      if (columns[g] <= n) continue;
+      if (groups[g].columns <= n) continue;
+      const int vectors = (groups[g].columns - n + kWidth<T> - 1) / kWidth<T>;
       const int i = g * kMR, count = rows - i < kMR ? rows - i : kMR;
       tile_of<T>(count, vectors < kNV ? vectors : kNV)(a + i * lda, lda, 1, b + n * depth, kPanel<T>, c + i * ldc + n,
                                                        ldc, depth, false);
@@ -95,19 +95,19 @@ void multiply_panels(int rows, const T* a, int64_t lda, const T* b, int64_t dept
   }
 }
 
-// c[rows][columns] += a b, b row-major; columns is a multiple of the vector. Group g of kMR rows sums over the range
-// depth[g] only.
+// c[rows][columns] = (accumulate ? c : 0) + a b, b row-major; columns is a multiple of the vector. Group g of kMR rows
+// sums over the range depth[g] only.
 template <class T>
 void multiply_rows(int rows, const T* a, int64_t row_a, int64_t col_a, const T* b, int64_t ldb, int columns, T* c,
-                   int64_t ldc, const Range* depth) {
+                   int64_t ldc, const Range* depth, bool accumulate) {
   for (int n = 0; n < columns; n += kPanel<T>) {
     const int vectors = (columns - n) / kWidth<T> < kNV ? (columns - n) / kWidth<T> : kNV;
     for (int g = 0; g < row_groups(rows); ++g) {
       const Range k = depth[g];
-      if (k.begin >= k.end) continue;
+      if (accumulate && k.begin >= k.end) continue;
       const int i = g * kMR, count = rows - i < kMR ? rows - i : kMR;
       tile_of<T>(count, vectors)(a + i * row_a + k.begin * col_a, row_a, col_a, b + k.begin * ldb + n, ldb,
-                                 c + i * ldc + n, ldc, k.end - k.begin, true);
+                                 c + i * ldc + n, ldc, k.end - k.begin, accumulate);
     }
   }
 }

@@ -1,9 +1,13 @@
 // What stands between a product q k^T and the softmax: which keys a query sees, and what is added to its scores.
 // Forward and backward both pass every row of scores through here, so a new kind of mask or score needs no other place:
-// bounds that follow from a row's index go into Visibility::row_end, element tests into Visibility::tile_state and
+// bounds that follow from a row's index go into Visibility::row_end, element tests into Visibility::view and
 // hide_masked, functions of the score into ScoreMaker::finish.
 
-enum class Open : uint8_t { kNone, kSome, kAll };
+// What a group of up to kMR queries sees of a unit of keys.
+struct GroupView {
+  int columns;  // leading columns; beyond them it sees none
+  bool masked;  // the bool mask hides some of them from some of the queries
+};
 
 // Which keys the queries of one (batch, head) see.
 struct Visibility {
@@ -28,30 +32,55 @@ struct Visibility {
   int64_t row_end(int64_t i) const { return causal ? clamp<int64_t>(larger(i + diagonal + 1, prefix), 0, S) : S; }
   // The first query with row_end > key; key < S.
   int64_t first_row(int64_t key) const { return !causal || key < prefix ? 0 : larger<int64_t>(0, key - diagonal); }
+  // Columns that query i sees of the unit from first_key on, as far as the unit's `columns` go.
+  int columns(int64_t i, int64_t first_key, int columns) const {
+    return static_cast<int>(clamp<int64_t>(row_end(i) - first_key, 0, columns));
+  }
 
-  // What the bool mask leaves of a tile. Read when the tile comes up: one byte against the 4 * head_dim and more
-  // operations of a score, so summaries kept from head to head would save nothing.
-  Open tile_state(int64_t first_query, int64_t rows, int64_t first_key, int64_t keys) const {
-    if (mask == nullptr) return Open::kAll;
-    uint8_t any = 0, hidden = 0;
-    for (int64_t i = 0; i < (mask_row == 0 ? 1 : rows); ++i) {
-      const uint8_t* row = mask + (first_query + i) * mask_row + first_key * mask_col;
-      if (mask_col == 1) {
-        for (int64_t c = 0; c < keys; ++c) any |= row[c], hidden |= row[c] == 0;
-      } else {
-        for (int64_t c = 0; c < keys; ++c) any |= row[c * mask_col], hidden |= row[c * mask_col] == 0;
+  // What each group of the queries [first, first + rows) sees of the unit; false if none sees anything.
+  //
+  // The mask is read when a tile comes up, for every head anew: one byte against the 4 * head_dim and more operations
+  // of a score, so that a summary kept from head to head would save next to nothing.
+  bool view(int64_t first, int rows, int64_t first_key, GroupView* groups) const {
+    const int keys = static_cast<int>(smaller<int64_t>(kUnit, S - first_key));
+    int seen = 0;
+    GroupView of_mask = {keys, false};
+    for (int g = 0; g < row_groups(rows); ++g) {
+      const int64_t query = first + g * kMR, count = smaller<int64_t>(kMR, first + rows - query);
+      groups[g] = {columns(query + count - 1, first_key, keys), false};
+      if (mask != nullptr && groups[g].columns > 0) {
+        if (mask_row != 0 || seen == 0) of_mask = view_mask(query, mask_row == 0 ? 1 : count, first_key, keys);
+        groups[g] = {smaller(groups[g].columns, of_mask.columns), of_mask.masked};
       }
-      if (any && hidden) return Open::kSome;
+      seen |= groups[g].columns;
     }
-    return any ? Open::kAll : Open::kNone;
+    return seen > 0;
   }
 
   template <class T>
-  void hide_masked(int64_t query, int64_t first_key, int64_t keys, T* scores) const {
+  void hide_masked(int64_t query, int64_t first_key, int keys, T* scores) const {
     const uint8_t* row = mask + query * mask_row + first_key * mask_col;
-    for (int64_t c = 0; c < keys; ++c) {
+    for (int c = 0; c < keys; ++c) {
       if (row[c * mask_col] == 0) scores[c] = -T(INFINITY);
     }
+  }
+
+ private:
+  GroupView view_mask(int64_t query, int64_t rows, int64_t first_key, int keys) const {
+    uint8_t some[kUnit] = {}, hidden[kUnit] = {};  // per column: a query sees it; one does not
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint8_t* row = mask + (query + i) * mask_row + first_key * mask_col;
+      if (mask_col == 1) {
+        for (int c = 0; c < keys; ++c) some[c] |= row[c], hidden[c] |= row[c] == 0;
+      } else {
+        for (int c = 0; c < keys; ++c) some[c] |= row[c * mask_col], hidden[c] |= row[c * mask_col] == 0;
+      }
+    }
+    int columns = keys;
+    while (columns > 0 && some[columns - 1] == 0) --columns;
+    uint8_t masked = 0;
+    for (int c = 0; c < columns; ++c) masked |= hidden[c];
+    return {columns, masked != 0};
   }
 };
 
@@ -74,11 +103,11 @@ struct ScoreMaker {
   ScoreMaker(const AttentionProblem& p, int64_t b, int64_t h)
       : visible(p, b, h), has_bias(p.bias.data != nullptr), bias(has_bias ? matrix(p, p.bias, b, h) : Matrix{}) {}
 
-  // Finishes scores[c] = scale q.k of one query and the keys first_key + c of a unit. `state` is the tile's;
-  // scores has room for whole vectors.
-  void finish(int64_t query, int64_t first_key, int64_t keys, Open state, T* scores) const {
+  // Finishes scores[c] = scale q.k of one query and the keys first_key + c of a unit; scores has room for
+  // whole vectors.
+  void finish(int64_t query, int64_t first_key, int keys, bool masked, T* scores) const {
     if (has_bias) add_bias(bias, query, first_key, keys, scores);
-    if (state == Open::kSome) visible.hide_masked(query, first_key, keys, scores);
+    if (masked) visible.hide_masked(query, first_key, keys, scores);
   }
 };
 
