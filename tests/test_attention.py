@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from problems import Problem, Results, make, run
 from strategies import DTYPES, GARBAGE, LAYOUTS, lay_out, problems
 from torch import Tensor
@@ -36,22 +37,32 @@ def assert_bitwise(results: Sequence[Tensor | None], expected: Sequence[Tensor |
 # ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
-@given(problems())
-def test_any_problem(problem: Problem) -> None:
+by_length = pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+
+
+@by_length
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(data=st.data())
+def test_any_problem(dtype: torch.dtype, long: bool, data: st.DataObject) -> None:
+    problem = data.draw(problems(dtype, long))
     accuracy.check(run(problem), problem)
 
 
-@given(problems())
-def test_strides_change_no_bit(problem: Problem) -> None:
+@by_length
+@given(data=st.data())
+def test_strides_change_no_bit(long: bool, data: st.DataObject) -> None:
     """Every layout is read where it lies, into the same arithmetic."""
+    problem = data.draw(problems(long=long))
     names = ("q", "k", "v", "do", "dlse", "bias", "mask")
     tensors = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
     contiguous = replace(problem, **{name: x.contiguous() for name, x in tensors.items()})
     assert_bitwise(run(problem), run(contiguous), problem)
 
 
-@given(problems())
-def test_threads_change_no_bit(problem: Problem) -> None:
+@by_length
+@given(data=st.data())
+def test_threads_change_no_bit(long: bool, data: st.DataObject) -> None:
+    problem = data.draw(problems(long=long))
     expected = run(problem)
     for threads in (2, 3):
         torch.set_num_threads(threads)
@@ -60,9 +71,11 @@ def test_threads_change_no_bit(problem: Problem) -> None:
         assert_bitwise(results, expected, problem)
 
 
-@given(problems())
-def test_inference_is_the_forward_of_training(problem: Problem) -> None:
+@by_length
+@given(data=st.data())
+def test_inference_is_the_forward_of_training(long: bool, data: st.DataObject) -> None:
     """Without gradients the call takes another way to the same kernel."""
+    problem = data.draw(problems(long=long))
     trained = run(problem)
     with torch.no_grad():
         out, lse = pyattn.attention_with_lse(problem.q, problem.k, problem.v, **problem.options)

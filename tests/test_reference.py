@@ -137,7 +137,7 @@ def test_forward_is_torchs(options: str) -> None:
     torch.testing.assert_close(reference.attention_forward(q, k, v, **ours)[0], expected)
 
 
-@given(problems(dtypes=(torch.float64,)))
+@given(problems(torch.float64))
 def test_backward_is_autograds(problem: Problem) -> None:
     """The explicit formulas, which `accuracy` takes for the truth, are the derivative of the forward."""
     leaves = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
