@@ -1,10 +1,11 @@
 """Tile sizes of the attention kernels, as data.
 
-No configuration here has run on a GPU yet: each is known to compile, with the bounds on registers and shared memory
-that tests/aot states. Measured speeds are to replace these guesses.
+No configuration here has run on a GPU yet: each is known to compile, within the bounds on shared memory, tensor memory
+and spills that tests/aot states. Measured speeds are to replace these guesses.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -14,14 +15,32 @@ FORWARD, DKDV, DQ, DBIAS = "forward", "dkdv", "dq", "dbias"
 # The interpreter runs the same launchers on CPU tensors (TRITON_INTERPRET=1).
 INTERPRETER = 0
 
+# Head dims above the last bucket, and all of float64, are cut into chunks that the kernels loop over.
+BUCKETS = (64, 128, 256)
+WIDE = 0
+CHUNK = {"half": 64, "float32": 64, "float64": 32}
+
+MAX_BLOCK_M = 128
+
 
 @dataclass(frozen=True)
-class TileConfig:
-    block_m: int  # queries per tile
-    block_n: int  # keys per tile
+class Tile:
+    block_m: int  # queries; divides MAX_BLOCK_M
+    block_n: int  # keys
     num_warps: int = 4
     num_stages: int = 2
-    precision: str = "ieee"  # of float32 products
+    # Of float32 products: tf32x3 runs on tensor cores with three products for each one and an error near float32's.
+    precision: str = "tf32x3"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tiles of one (architecture, dtype class, bucket of head dim)."""
+
+    forward: Tile
+    dkdv: Tile
+    dq: Tile
+    dbias: Tile
 
 
 def architecture(device: torch.device) -> int:
@@ -29,18 +48,12 @@ def architecture(device: torch.device) -> int:
     if device.type == "cpu":
         return INTERPRETER
     major, _ = torch.cuda.get_device_capability(device)
-    # sm_120 has no wgmma or tcgen05 and 99 KiB of shared memory: it is served like sm_86 and sm_89, by rows for 80.
+    # sm_86, sm_89 and sm_120 have the tensor cores of sm_80 and 99 KiB of shared memory: the rows of 80 fit them all.
     return {9: 90, 10: 100}.get(major, 80)
 
 
 def dtype_class(dtype: torch.dtype) -> str:
     return {torch.float32: "float32", torch.float64: "float64"}.get(dtype, "half")
-
-
-# Head dims above the last bucket, and all of float64, are cut into chunks that kernels loop over.
-BUCKETS = (64, 128, 256)
-WIDE = 0
-CHUNK = {"half": 64, "float32": 64, "float64": 32}
 
 
 def bucket(dtype: torch.dtype, head_dim: int, v_dim: int) -> int:
@@ -49,30 +62,55 @@ def bucket(dtype: torch.dtype, head_dim: int, v_dim: int) -> int:
     return next((width for width in BUCKETS if max(head_dim, v_dim) <= width), WIDE)
 
 
-def launch_options(
-    kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int
-) -> dict[str, int | str]:
+def launch_options(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int) -> dict[str, Any]:
     """The keyword arguments with which `kernel` is launched."""
     width = bucket(dtype, head_dim, v_dim)
-    config = TABLE[architecture(device), dtype_class(dtype), width, kernel]
+    tile: Tile = getattr(TABLE[architecture(device), dtype_class(dtype), width], kernel)
     block_d, block_dv = (max(16, triton.next_power_of_2(d)) for d in (head_dim, v_dim))
     if width == WIDE:
         chunk = CHUNK[dtype_class(dtype)]
         block_d, block_dv = min(block_d, chunk), min(block_dv, chunk)
     return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
         "BLOCK_D": block_d,
         "BLOCK_DV": block_dv,
-        "PRECISION": config.precision,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "PRECISION": tile.precision,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
     }
 
 
-TABLE: dict[tuple[int, str, int, str], TileConfig] = {
-    (INTERPRETER, dtype, width, kernel): TileConfig(*tile)
-    for dtype in ("half", "float32", "float64")
-    for width in (*BUCKETS, WIDE)
-    for kernel, tile in {FORWARD: (32, 16), DKDV: (16, 32), DQ: (32, 16), DBIAS: (32, 16)}.items()
+_INTERPRETED = Row(forward=Tile(32, 16), dkdv=Tile(16, 32), dq=Tile(32, 16), dbias=Tile(32, 16))
+_DOUBLE = Row(*(Tile(32, 32, 4, 1, "ieee") for _ in range(4)))
+
+TABLE: dict[tuple[int, str, int], Row] = {
+    (80, "half", 64): Row(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    (80, "half", 128): Row(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    (80, "half", 256): Row(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (80, "half", WIDE): Row(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
+    (80, "float32", 64): Row(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (80, "float32", 128): Row(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (80, "float32", 256): Row(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (80, "float32", WIDE): Row(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (90, "half", 64): Row(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    (90, "half", 128): Row(Tile(128, 128, 8, 2), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    (90, "half", 256): Row(Tile(128, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
+    (90, "half", WIDE): Row(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    (90, "float32", 64): Row(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    (90, "float32", 128): Row(Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
+    (90, "float32", 256): Row(Tile(64, 32, 8, 1), Tile(16, 64, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 4, 1)),
+    (90, "float32", WIDE): Row(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    (100, "half", 64): Row(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    (100, "half", 128): Row(Tile(128, 64, 8, 2), Tile(32, 128, 8, 1), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    (100, "half", 256): Row(Tile(64, 64, 8, 1), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 32, 4, 1)),
+    (100, "half", WIDE): Row(Tile(64, 64, 4, 1), Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
+    (100, "float32", 64): Row(Tile(64, 32, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+    (100, "float32", 128): Row(Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
+    (100, "float32", 256): Row(Tile(64, 16, 8, 1), Tile(16, 64, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 4, 1)),
+    (100, "float32", WIDE): Row(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
+}
+TABLE |= {(arch, "float64", WIDE): _DOUBLE for arch in (80, 90, 100)}
+TABLE |= {
+    (INTERPRETER, dtype, width): _INTERPRETED for dtype in ("half", "float32", "float64") for width in (*BUCKETS, WIDE)
 }

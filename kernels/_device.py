@@ -13,6 +13,13 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+# The passes of a kernel over the tiles it meets: those wholly visible, those partly visible, and, only if the result
+# holds NaN or infinities, all of them again (see attention_fwd.py).
+OPEN = tl.constexpr(0)
+PARTIAL = tl.constexpr(1)
+CAREFUL = tl.constexpr(2)
+PASSES = tl.constexpr(3)
+
 
 class Tensor4(NamedTuple):
     """A [batch, heads, rows, columns] tensor as a kernel argument; None in its place means that it is absent.
@@ -25,6 +32,7 @@ class Tensor4(NamedTuple):
     stride_h: Any
     stride_r: Any
     stride_c: Any
+    is_wide: Any  # constexpr: one head spans 2^31 elements or more, so that offsets within it take 64 bits
 
 
 @triton.jit
@@ -36,13 +44,18 @@ def head_ptr(tensor, b, h):
 @triton.jit
 def tile_ptrs(base, tensor, rows, columns):
     """Addresses of elements of the head at `base`; rows and columns broadcast against each other."""
-    return base + rows.to(tl.int64) * tensor.stride_r + columns.to(tl.int64) * tensor.stride_c
+    if tensor.is_wide:
+        rows = rows.to(tl.int64)
+        columns = columns.to(tl.int64)
+    return base + (rows * tensor.stride_r + columns * tensor.stride_c)
 
 
 @triton.jit
 def row_ptrs(tensor, b, h, rows):
     """Addresses in a [batch, heads, rows, 1] tensor."""
-    return head_ptr(tensor, b, h) + rows.to(tl.int64) * tensor.stride_r
+    if tensor.is_wide:
+        rows = rows.to(tl.int64)
+    return head_ptr(tensor, b, h) + rows * tensor.stride_r
 
 
 @triton.jit
@@ -81,31 +94,34 @@ def dot_rows(x_base, x, x_rows, X, y_base, y, y_rows, Y, C: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def finite(x):
-    """x with NaN and infinities replaced by 0."""
-    return tl.where(x * 0 == 0, x, 0.0)
-
-
-@triton.jit
 def poison(x):
     """Per row of x: NaN if the row holds a NaN or an infinity, else 0."""
     return tl.sum(x * 0, 1)
 
 
 @triton.jit
+def load_poison(base, tensor, rows, R, C: tl.constexpr):
+    """`poison` of rows in memory, read in narrow blocks: it is for passes that are hardly ever made."""
+    bad = tl.zeros([rows.shape[0]], tl.float32)
+    for c in tl.range(0, C, 16, num_stages=1):
+        bad += poison(load_tile(base, tensor, rows, c + tl.arange(0, 16), R, C, True, True)).to(tl.float32)
+    return bad
+
+
+@triton.jit
 def bias_and_mask(s2, bias, mask, b, h, m, n, L, S, diagonal, prefix,
-                  IS_CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, CHECK_N: tl.constexpr):  # fmt: skip
+                  IS_CAUSAL: tl.constexpr, PASS: tl.constexpr, CHECK_N: tl.constexpr):  # fmt: skip
     """Base-2 scores with the bias added, -inf where query m may not see key n; and whether it may.
 
-    Only a PARTIAL tile asks causality and mask; a -inf of the bias masks anywhere.
+    In OPEN tiles, causality and mask need no asking; a -inf of the bias masks anywhere.
     """
     visible = m < L
     if CHECK_N:
         visible = visible & (n < S)
     within = visible
-    if PARTIAL and IS_CAUSAL:
+    if PASS != OPEN and IS_CAUSAL:
         visible = visible & ((n <= m + diagonal) | (n < prefix))
-    if PARTIAL and mask is not None:
+    if PASS != OPEN and mask is not None:
         ptrs = tile_ptrs(head_ptr(mask, b, h), mask, m, n)
         visible = visible & (tl.load(ptrs, mask=within, other=0) != 0)
     if bias is not None:
@@ -118,15 +134,15 @@ def bias_and_mask(s2, bias, mask, b, h, m, n, L, S, diagonal, prefix,
 
 @triton.jit
 def key_tiles(m0, S, diagonal, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-              IS_CAUSAL: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
-    """Range of the key tiles that queries [m0, m0 + BLOCK_M) see wholly, or, if PARTIAL, partly."""
+              IS_CAUSAL: tl.constexpr, PASS: tl.constexpr):  # fmt: skip
+    """Range of the key tiles that queries [m0, m0 + BLOCK_M) see wholly (OPEN) or partly (PARTIAL)."""
     seen_by_all = S
     seen_by_one = S
     if IS_CAUSAL:
         seen_by_all = tl.minimum(S, tl.maximum(0, tl.maximum(m0 + 1 + diagonal, prefix)))
         seen_by_one = tl.minimum(S, tl.maximum(0, tl.maximum(m0 + BLOCK_M + diagonal, prefix)))
     num_open = seen_by_all // BLOCK_N
-    if PARTIAL:
+    if PASS == PARTIAL:
         return num_open, tl.cdiv(seen_by_one, BLOCK_N)
     else:
         return 0, num_open
@@ -134,8 +150,8 @@ def key_tiles(m0, S, diagonal, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
 
 @triton.jit
 def query_tiles(n0, L, S, diagonal, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                IS_CAUSAL: tl.constexpr, PARTIAL: tl.constexpr):  # fmt: skip
-    """Range of the query tiles that see keys [n0, n0 + BLOCK_N) wholly, or, if PARTIAL, partly."""
+                IS_CAUSAL: tl.constexpr, PASS: tl.constexpr):  # fmt: skip
+    """Range of the query tiles that see keys [n0, n0 + BLOCK_N) wholly (OPEN) or partly (PARTIAL)."""
     end = tl.cdiv(L, BLOCK_M)
     begin = 0
     first_open = 0
@@ -145,16 +161,16 @@ def query_tiles(n0, L, S, diagonal, prefix, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
         first_to_see_all = tl.where(n1 <= prefix, 0, tl.maximum(0, n1 - 1 - diagonal))
         begin = tl.minimum(end, first_to_see_one // BLOCK_M)
         first_open = tl.minimum(end, tl.cdiv(first_to_see_all, BLOCK_M))
-    if PARTIAL:
+    if PASS == PARTIAL:
         return begin, first_open
     else:
         return first_open, end
 
 
 @triton.jit
-def listed_tiles(tile_list, num_tiles, PARTIAL: tl.constexpr):
-    """Range of positions in a list of `mask_tiles_kernel`: those of the open tiles or, if PARTIAL, the partial ones."""
-    if PARTIAL:
+def listed_tiles(tile_list, num_tiles, PASS: tl.constexpr):
+    """Range of positions in a list of `mask_tiles_kernel`: those of OPEN or of PARTIAL tiles."""
+    if PASS == PARTIAL:
         return 2, 2 + tl.load(tile_list)
     else:
         return 2 + num_tiles - tl.load(tile_list + 1), 2 + num_tiles

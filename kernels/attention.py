@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import cdiv
+from triton import language as tl
 
-from ._configs import DBIAS, DKDV, DQ, FORWARD, launch_options
+from ._configs import DBIAS, DKDV, DQ, FORWARD, MAX_BLOCK_M, launch_options
 from ._device import Tensor4
 from .attention_bwd import (
     attention_bwd_dbias_kernel,
@@ -167,26 +168,26 @@ def _launch_mask_tiles(p: _Problem, options: dict[str, Any], *, by_keys: bool) -
     rows, tiles = (num_n, num_m) if by_keys else (num_m, num_n)
     # Where the mask is broadcast along a row of tiles' own axis, one list serves every row; not so under causal.
     shared = not p.causal and (mask_s if by_keys else mask_l) == 1
-    lists = torch.empty(mask_b, mask_h, min(rows, 1) if shared else rows, tiles + 2, dtype=torch.int32, device=p.q.device)
+    own_rows = min(rows, 1) if shared else rows
+    lists = torch.empty(mask_b, mask_h, own_rows, tiles + 2, dtype=torch.int32, device=p.q.device)
     if lists.numel():
-        mask_tiles_kernel[lists.numel() // (tiles + 2),](
-            p.broadcast(p.mask), _argument(lists), mask_h, lists.shape[2], tiles, L, S, p.diagonal, p.prefix,
+        mask_tiles_kernel[mask_b * mask_h * own_rows,](
+            p.broadcast(p.mask), _argument(lists), mask_h, own_rows, tiles, L, S, p.diagonal, p.prefix,
             options["BLOCK_M"], options["BLOCK_N"], IS_CAUSAL=p.causal, BY_KEYS=by_keys,
         )  # fmt: skip
     return _argument(lists.expand(B, Hq, rows, -1))
 
 
-def _launch_rows(
-    p: _Problem, out: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """lse in base 2, and delta, both [B, Hq, L, 1]."""
+def _launch_rows(p: _Problem, out: Tensor, do: Tensor, lse: Tensor, dlse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """lse in base 2, and delta, both [B, Hq, L rounded up to whole tiles, 1]."""
     B, Hq, L, _ = p.shape
-    lse2, delta = torch.empty(2, B, Hq, L, 1, dtype=p.acc_dtype, device=p.q.device)
-    programs = B * Hq * cdiv(L, ROWS_BLOCK_M)
+    padded_L = cdiv(L, MAX_BLOCK_M) * MAX_BLOCK_M
+    lse2, delta = torch.empty(2, B, Hq, padded_L, 1, dtype=p.acc_dtype, device=p.q.device)
+    programs = B * Hq * cdiv(padded_L, ROWS_BLOCK_M)
     if programs:
         attention_bwd_rows_kernel[programs,](
             _argument(out), _argument(do), _argument(lse), _argument(dlse), _argument(lse2), _argument(delta),
-            Hq, L, p.v.shape[3], ROWS_BLOCK_M, ROWS_BLOCK_DV,
+            Hq, L, padded_L, p.v.shape[3], ROWS_BLOCK_M, ROWS_BLOCK_DV,
         )  # fmt: skip
     return lse2, delta
 
@@ -297,4 +298,8 @@ def _fold_broadcast(x: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _argument(x: Tensor | None) -> Tensor4 | None:
-    return None if x is None else Tensor4(x, *x.stride())
+    if x is None:
+        return None
+    (_, _, R, C), (stride_b, stride_h, stride_r, stride_c) = x.shape, x.stride()
+    is_wide = R * stride_r + C * stride_c >= 2**31
+    return Tensor4(x, stride_b, stride_h, stride_r, stride_c, tl.constexpr(is_wide))

@@ -6,28 +6,34 @@ With P = softmax(scale q k^T + bias) recomputed from lse, and Z = keep / (1 - p)
     delta = rowsum(do * out) - dlse      dP = Z * (do v^T)      dS = P * (dP - delta)
     dv = (P * Z)^T do      dk = scale dS^T q      dq = scale dS k      dbias = sum of dS over what bias broadcasts
 
-The rows kernel prepares lse and delta per query; the dk/dv kernel holds a key tile and passes over queries; the dq kernel
-holds a query tile and passes over keys; the dbias kernel holds a tile of dbias and passes over all that adds to it.
+The rows kernel prepares lse and delta per query; the dk/dv kernel holds a tile of keys and passes over queries; the dq
+kernel holds a tile of queries and passes over keys; the dbias kernel holds a tile of dbias and passes over all that
+adds to it.
 Products take operands in the inputs' dtype and accumulate in float32 (float64 for float64).
 
 Masked positions do not exist (see attention_fwd.py). A query that attends to a NaN or infinity, or has one in do,
-carries NaN in its lse, hence in its P wherever it attends and nowhere else; so where elements are selected it is
-enough to clean the operand rows that would meet the zeros of P and dS.
+carries NaN in its lse, hence in its P wherever it attends and nowhere else. The CAREFUL pass therefore only has to
+leave out the operand rows that would meet the zeros of P and dS.
 """
 
 import triton
 import triton.language as tl
 
 from ._device import (
+    CAREFUL,
     LOG2E,
+    OPEN,
+    PARTIAL,
+    PASSES,
     bias_and_mask,
     dot_rows,
-    finite,
     head_ptr,
     kept_tile,
     key_tiles,
     listed_tiles,
+    load_poison,
     load_tile,
+    poison,
     query_tiles,
     row_ptrs,
     store_tile,
@@ -36,14 +42,18 @@ from ._device import (
 RUNTIME = ["q_heads", "kv_heads", "group", "L", "S", "diagonal", "prefix", "keep_from"]
 
 
-@triton.jit(do_not_specialize=["q_heads", "L"])
+@triton.jit(do_not_specialize=["q_heads", "L", "padded_L"])
 def attention_bwd_rows_kernel(
-    out, do, lse, dlse, lse2, delta, q_heads, L,
+    out, do, lse, dlse, lse2, delta, q_heads, L, padded_L,
     Dv: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
-    """delta, and lse in base 2: 0 for rows that attend to nothing, NaN for rows whose gradient is."""
+    """delta, and lse in base 2: 0 for rows that attend to nothing, NaN for rows whose gradient is.
+
+    Both have room for whole tiles, so that the other kernels read them unmasked (a mask there cost a 4-byte copy for
+    every element of a tile's row, and spills for the addresses). Queries beyond L get lse = inf, so P = 0.
+    """
     ACC: tl.constexpr = delta.ptr.dtype.element_ty
-    num_m = tl.cdiv(L, BLOCK_M)
+    num_m = tl.cdiv(padded_L, BLOCK_M)
     tile_m = tl.program_id(0) % num_m
     head = (tl.program_id(0) // num_m).to(tl.int64)
     b = head // q_heads
@@ -59,12 +69,12 @@ def attention_bwd_rows_kernel(
         products += out_tile.to(ACC) * do_tile.to(ACC)
     row_sum = tl.sum(products, 1)
 
-    lse_row = tl.load(row_ptrs(lse, b, h, offs_m), mask=mask_m, other=0.0)
+    lse_row = tl.load(row_ptrs(lse, b, h, offs_m), mask=mask_m, other=float("inf"))
     lse_row = tl.where(lse_row == float("-inf"), 0.0, lse_row) * LOG2E
-    tl.store(row_ptrs(lse2, b, h, offs_m), lse_row + row_sum * 0, mask=mask_m)
+    tl.store(row_ptrs(lse2, b, h, offs_m), lse_row + row_sum * 0)
     if dlse is not None:
         row_sum -= tl.load(row_ptrs(dlse, b, h, offs_m), mask=mask_m, other=0.0)
-    tl.store(row_ptrs(delta, b, h, offs_m), row_sum, mask=mask_m)
+    tl.store(row_ptrs(delta, b, h, offs_m), row_sum)
 
 
 @triton.jit
@@ -72,7 +82,7 @@ def weights_and_gradient(
     s, dp, lse2_row, delta_row, bias, mask, seed_ptr, scale, keep_from, keep_scale,
     b, h, m0, n0, L, S, diagonal, prefix,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PARTIAL: tl.constexpr, TRANSPOSED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PASS: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """From the products s = q k^T and dp = do v^T of one tile: the weights after dropout (short of the factor
     keep_scale) and dS. Tiles are [BLOCK_M, BLOCK_N], or the other way round if TRANSPOSED."""
@@ -86,13 +96,13 @@ def weights_and_gradient(
         lse2_row, delta_row = lse2_row[:, None], delta_row[:, None]
 
     s2 = s * (scale * LOG2E).to(s.dtype)
-    if PARTIAL or bias is not None:
+    if PASS != OPEN or bias is not None:
         # In a transposed pass the ragged last keys meet open tiles too.
         s2, visible = bias_and_mask(
-            s2, bias, mask, b, h, m, n, L, S, diagonal, prefix, IS_CAUSAL, PARTIAL, CHECK_N=PARTIAL or TRANSPOSED
+            s2, bias, mask, b, h, m, n, L, S, diagonal, prefix, IS_CAUSAL, PASS, CHECK_N=PASS != OPEN or TRANSPOSED
         )
     p = tl.exp2(s2 - lse2_row)
-    if PARTIAL or bias is not None:
+    if PASS != OPEN or bias is not None:
         p = tl.where(visible, p, 0.0)
 
     p_kept = p
@@ -103,7 +113,7 @@ def weights_and_gradient(
         p_kept = tl.where(kept, p, 0.0)
         dp = tl.where(kept, dp * keep_scale.to(dp.dtype), 0.0)
     ds = p * (dp - delta_row)
-    if PARTIAL or bias is not None:
+    if PASS != OPEN or bias is not None:
         ds = tl.where(visible, ds, 0.0)
     return p_kept, ds
 
@@ -144,25 +154,39 @@ def attention_bwd_dkdv_kernel(
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_DV], ACC)
 
-    for g in range(group):
-        h = kv_h * group + g
-        q_head = head_ptr(q, b, h)
-        do_head = head_ptr(do, b, h)
-        for PARTIAL in tl.static_range(2):
-            if mask is not None:
-                tile_list = head_ptr(mask_tiles, b, h) + tile_n * mask_tiles.stride_r
-                first, last = listed_tiles(tile_list, tl.cdiv(L, BLOCK_M), PARTIAL)
-            else:
-                first, last = query_tiles(n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL)
+    for PASS in tl.static_range(PASSES):
+        heads = group
+        if PASS == CAREFUL:
+            bad = poison(dk_tile) + poison(dv_tile)
+            again = tl.max((bad != 0).to(tl.int32)) != 0
+            dk_tile = tl.where(again, 0.0, dk_tile)
+            dv_tile = tl.where(again, 0.0, dv_tile)
+            heads = tl.where(again, group, 0)
 
-            for t in range(first, last):
-                m0 = (tl.load(tile_list + t) if mask is not None else t) * BLOCK_M
+        for g in range(heads):
+            h = kv_h * group + g
+            q_head = head_ptr(q, b, h)
+            do_head = head_ptr(do, b, h)
+            if PASS == CAREFUL:
+                first, last = 0, tl.cdiv(L, BLOCK_M)
+            elif mask is not None:
+                tile_list = head_ptr(mask_tiles, b, h) + tile_n * mask_tiles.stride_r
+                first, last = listed_tiles(tile_list, tl.cdiv(L, BLOCK_M), PASS)
+            else:
+                first, last = query_tiles(n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PASS)
+
+            for t in tl.range(first, last, num_stages=1 if PASS == CAREFUL else None):
+                m0 = (tl.load(tile_list + t) if mask is not None and PASS != CAREFUL else t) * BLOCK_M
                 offs_m = m0 + tl.arange(0, BLOCK_M)
-                q_tile = load_tile(q_head, q, offs_m, offs_d, L, D, True, CHECK_D)
-                do_tile = load_tile(do_head, do, offs_m, offs_dv, L, Dv, True, CHECK_DV)
-                # Queries beyond L have P = exp2(s - inf) = 0.
-                lse2_row = tl.load(row_ptrs(lse2, b, h, offs_m), mask=offs_m < L, other=float("inf"))
-                delta_row = tl.load(row_ptrs(delta, b, h, offs_m), mask=offs_m < L, other=0.0)
+                q_rows = offs_m
+                do_rows = offs_m
+                if PASS == CAREFUL:
+                    q_rows = tl.where(load_poison(q_head, q, offs_m, L, D) == 0, offs_m, L)
+                    do_rows = tl.where(load_poison(do_head, do, offs_m, L, Dv) == 0, offs_m, L)
+                q_tile = load_tile(q_head, q, q_rows, offs_d, L, D, True, CHECK_D)
+                do_tile = load_tile(do_head, do, do_rows, offs_dv, L, Dv, True, CHECK_DV)
+                lse2_row = tl.load(row_ptrs(lse2, b, h, offs_m))
+                delta_row = tl.load(row_ptrs(delta, b, h, offs_m))
 
                 # [BLOCK_N, BLOCK_M]
                 if D > BLOCK_D:
@@ -175,12 +199,9 @@ def attention_bwd_dkdv_kernel(
                     dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION, out_dtype=ACC)
                 p_kept, ds = weights_and_gradient(
                     s, dp, lse2_row, delta_row, bias, mask, seed_ptr, scale, keep_from, keep_scale,
-                    b, h, m0, n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL, TRANSPOSED=True,
+                    b, h, m0, n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PASS, TRANSPOSED=True,
                 )  # fmt: skip
 
-                if PARTIAL or bias is not None:
-                    q_tile = finite(q_tile)
-                    do_tile = finite(do_tile)
                 dv_tile = tl.dot(p_kept.to(do_tile.dtype), do_tile, dv_tile, input_precision=PRECISION, out_dtype=ACC)
                 dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION, out_dtype=ACC)
 
@@ -221,21 +242,28 @@ def attention_bwd_dq_kernel(
 
     q_tile = load_tile(q_head, q, offs_m, offs_d, L, D, True, CHECK_D)
     do_tile = load_tile(do_head, do, offs_m, offs_dv, L, Dv, True, CHECK_DV)
-    lse2_row = tl.load(row_ptrs(lse2, b, h, offs_m), mask=offs_m < L, other=float("inf"))
-    delta_row = tl.load(row_ptrs(delta, b, h, offs_m), mask=offs_m < L, other=0.0)
+    lse2_row = tl.load(row_ptrs(lse2, b, h, offs_m))
+    delta_row = tl.load(row_ptrs(delta, b, h, offs_m))
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], ACC)
 
-    for PARTIAL in tl.static_range(2):
-        if mask is not None:
+    for PASS in tl.static_range(PASSES):
+        if PASS == CAREFUL:
+            again = tl.max((poison(dq_tile) != 0).to(tl.int32)) != 0
+            dq_tile = tl.where(again, 0.0, dq_tile)
+            first, last = 0, tl.where(again, tl.cdiv(S, BLOCK_N), 0)
+        elif mask is not None:
             tile_list = head_ptr(mask_tiles, b, h) + tile_m * mask_tiles.stride_r
-            first, last = listed_tiles(tile_list, tl.cdiv(S, BLOCK_N), PARTIAL)
+            first, last = listed_tiles(tile_list, tl.cdiv(S, BLOCK_N), PASS)
         else:
-            first, last = key_tiles(m0, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL)
+            first, last = key_tiles(m0, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PASS)
 
-        for t in range(first, last):
-            n0 = (tl.load(tile_list + t) if mask is not None else t) * BLOCK_N
+        for t in tl.range(first, last, num_stages=1 if PASS == CAREFUL else None):
+            n0 = (tl.load(tile_list + t) if mask is not None and PASS != CAREFUL else t) * BLOCK_N
             offs_n = n0 + tl.arange(0, BLOCK_N)
-            k_tile = load_tile(k_head, k, offs_n, offs_d, S, D, PARTIAL, CHECK_D)
+            k_rows = offs_n
+            if PASS == CAREFUL:
+                k_rows = tl.where(load_poison(k_head, k, offs_n, S, D) == 0, offs_n, S)
+            k_tile = load_tile(k_head, k, k_rows, offs_d, S, D, PASS != OPEN, CHECK_D)
 
             # [BLOCK_M, BLOCK_N]
             if D > BLOCK_D:
@@ -245,15 +273,12 @@ def attention_bwd_dq_kernel(
             if Dv > BLOCK_DV:
                 dp = dot_rows(do_head, do, offs_m, L, v_head, v, offs_n, S, Dv, BLOCK_DV, ACC, PRECISION)
             else:
-                v_tile = load_tile(v_head, v, offs_n, offs_dv, S, Dv, PARTIAL, CHECK_DV)
+                v_tile = load_tile(v_head, v, offs_n, offs_dv, S, Dv, PASS != OPEN, CHECK_DV)
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
             _, ds = weights_and_gradient(
                 s, dp, lse2_row, delta_row, bias, mask, seed_ptr, scale, keep_from, keep_scale,
-                b, h, m0, n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL, TRANSPOSED=False,
+                b, h, m0, n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PASS, TRANSPOSED=False,
             )  # fmt: skip
-
-            if PARTIAL or bias is not None:
-                k_tile = finite(k_tile)
             dq_tile = tl.dot(ds.to(k_tile.dtype), k_tile, dq_tile, input_precision=PRECISION, out_dtype=ACC)
 
     store_tile(head_ptr(dq, b, h), dq, offs_m, offs_d, L, D, dq_tile * scale.to(ACC))
@@ -307,8 +332,8 @@ def attention_bwd_dbias_kernel(
         k_head = head_ptr(k, b, h // group)
         v_head = head_ptr(v, b, h // group)
         do_head = head_ptr(do, b, h)
-        lse2_row = tl.load(row_ptrs(lse2, b, h, offs_m), mask=offs_m < L, other=float("inf"))
-        delta_row = tl.load(row_ptrs(delta, b, h, offs_m), mask=offs_m < L, other=0.0)
+        lse2_row = tl.load(row_ptrs(lse2, b, h, offs_m))
+        delta_row = tl.load(row_ptrs(delta, b, h, offs_m))
 
         # [BLOCK_M, BLOCK_N]
         if D > BLOCK_D:
@@ -325,7 +350,7 @@ def attention_bwd_dbias_kernel(
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
         _, ds = weights_and_gradient(
             s, dp, lse2_row, delta_row, bias, mask, seed_ptr, scale, keep_from, keep_scale,
-            b, h, m0, n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL=True, TRANSPOSED=False,
+            b, h, m0, n0, L, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL, TRANSPOSED=False,
         )  # fmt: skip
         dbias_tile += ds
 

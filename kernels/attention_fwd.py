@@ -6,25 +6,29 @@ the unnormalised output acc on chip, and passes once over the key tiles that any
 visible ones. Scores are kept in base 2. Products accumulate in float32 (float64 for float64); the weights are rounded
 to v's dtype for their product with v; out is rounded once, at the end.
 
-Masked positions do not exist, so a NaN there must not reach the output, though 0 * NaN is NaN; and an attended NaN or
-infinity makes the whole row NaN. Where elements are selected (a partly visible tile, or a bias, whose -inf masks), v is
-cleaned and its bad rows poison the weights of those who attend to them. Elsewhere NaN travels by itself: s * 0 catches
-an infinite key whose score is -inf, and one look at acc at the end widens a bad column to the row.
+Masked positions do not exist, so a NaN or infinity there must not reach the output, though 0 * NaN is NaN; and one
+that is attended makes the whole row NaN. To test values on the way would burden every tile that is masked in part
+(cleaning v there doubled the instructions of such a tile on sm_80 and made it spill). Instead a non-finite acc says,
+at the end, that something is there, and then a third, CAREFUL pass starts again: it leaves out v's bad rows and poisons
+the weights of those who attend to them. Only an infinite key with scores of -inf would leave no trace: s2 * 0 does.
 """
 
 import triton
 import triton.language as tl
 
 from ._device import (
+    CAREFUL,
     LN2,
     LOG2E,
+    OPEN,
+    PASSES,
     bias_and_mask,
     dot_rows,
-    finite,
     head_ptr,
     kept_tile,
     key_tiles,
     listed_tiles,
+    load_poison,
     load_tile,
     poison,
     row_ptrs,
@@ -66,47 +70,56 @@ def attention_fwd_kernel(
     l = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], ACC)
 
-    for PARTIAL in tl.static_range(2):
-        if mask is not None:
+    for PASS in tl.static_range(PASSES):
+        if PASS == CAREFUL:
+            again = tl.max((poison(acc) != 0).to(tl.int32)) != 0
+            m = tl.where(again, float("-inf"), m)
+            l = tl.where(again, 0.0, l)
+            acc = tl.where(again, 0.0, acc)
+            first, last = 0, tl.where(again, tl.cdiv(S, BLOCK_N), 0)
+        elif mask is not None:
             tile_list = head_ptr(mask_tiles, b, h) + tile_m * mask_tiles.stride_r
-            first, last = listed_tiles(tile_list, tl.cdiv(S, BLOCK_N), PARTIAL)
+            first, last = listed_tiles(tile_list, tl.cdiv(S, BLOCK_N), PASS)
         else:
-            first, last = key_tiles(m0, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PARTIAL)
+            first, last = key_tiles(m0, S, diagonal, prefix, BLOCK_M, BLOCK_N, IS_CAUSAL, PASS)
 
-        for t in range(first, last):
-            n0 = (tl.load(tile_list + t) if mask is not None else t) * BLOCK_N
+        for t in tl.range(first, last, num_stages=1 if PASS == CAREFUL else None):
+            n0 = (tl.load(tile_list + t) if mask is not None and PASS != CAREFUL else t) * BLOCK_N
             offs_n = n0 + tl.arange(0, BLOCK_N)
 
             # [BLOCK_M, BLOCK_N]
             if D > BLOCK_D:
                 s = dot_rows(q_head, q, offs_m, L, k_head, k, offs_n, S, D, BLOCK_D, ACC, PRECISION)
             else:
-                k_tile = load_tile(k_head, k, offs_n, offs_d, S, D, PARTIAL, CHECK_D)
+                k_tile = load_tile(k_head, k, offs_n, offs_d, S, D, PASS != OPEN, CHECK_D)
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC)
             s2 = s * scale_log2
-            if PARTIAL or bias is not None:
+            if PASS != OPEN or bias is not None:
                 s2, visible = bias_and_mask(
                     s2, bias, mask, b, h, offs_m[:, None], offs_n[None, :], L, S, diagonal, prefix,
-                    IS_CAUSAL, PARTIAL, CHECK_N=PARTIAL,
+                    IS_CAUSAL, PASS, CHECK_N=PASS != OPEN,
                 )  # fmt: skip
 
             # A finite pivot keeps exp2(-inf - pivot) at 0 while a row has seen nothing.
             m_new = tl.maximum(m, tl.max(s2, 1))
             pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
             decay = tl.exp2(m - pivot)
-            p = tl.exp2(s2 - pivot[:, None]) + s * 0
-            if PARTIAL or bias is not None:
+            s2 -= pivot[:, None]
+            p = tl.exp2(s2) + s2 * 0
+            if PASS != OPEN or bias is not None:
                 p = tl.where(visible, p, 0.0)
             m = m_new
             l = l * decay + tl.sum(p, 1)
             acc = acc * decay[:, None]
 
-            v_tile = load_tile(v_head, v, offs_n, offs_dv, S, Dv, PARTIAL, CHECK_DV)
             if seed_ptr is not None:
                 p = tl.where(kept_tile(seed_ptr, b, h, offs_m, n0, keep_from, BLOCK_M, BLOCK_N), p, 0.0)
-            if PARTIAL or bias is not None:
-                p += tl.where(visible, poison(v_tile)[None, :], 0.0)
-                v_tile = finite(v_tile)
+            v_rows = offs_n
+            if PASS == CAREFUL:
+                bad_v = load_poison(v_head, v, offs_n, S, Dv)
+                p += tl.where(visible, bad_v[None, :], 0.0)
+                v_rows = tl.where(bad_v == 0, offs_n, S)
+            v_tile = load_tile(v_head, v, v_rows, offs_dv, S, Dv, PASS != OPEN, CHECK_DV)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION, out_dtype=ACC)
 
     bad = poison(acc)

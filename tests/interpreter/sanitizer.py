@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from triton.runtime import interpreter
 
 Builder = interpreter.InterpreterBuilder
@@ -105,7 +104,10 @@ def undefined(pointers: Any) -> Any:
     """What lanes hold that a mask without `other` leaves undefined."""
     dtype = pointers.get_element_ty()
     np_dtype = interpreter._get_np_dtype(dtype)
-    value = np.nan if dtype.is_floating() else True if np_dtype == bool else np.iinfo(np_dtype).max // 3
+    if dtype.is_floating():
+        value = np.nan
+    else:
+        value = True if np_dtype.kind == "b" else np.iinfo(np_dtype).max // 3
     return interpreter.TensorHandle(np.full(pointers.data.shape, value, np_dtype), dtype)
 
 

@@ -4,17 +4,19 @@ The interpreter's tiles are 32 x 16 (16 x 32 for dk/dv): lengths below lie below
 along head_dim in chunks of 32, as every dtype is above 256.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import accuracy
+import problems
 import pytest
+import strategies
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from problems import Problem, Results
-from strategies import problems
 from torch import Tensor
 
 import pyattn
@@ -23,7 +25,7 @@ from pyattn._problem import empty_lse, empty_out
 from pyattn.kernels import attention as kernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-LOWER_RIGHT, UPPER_LEFT = pyattn.Causal("lower_right"), pyattn.Causal("upper_left")
+LOWER_RIGHT = pyattn.Causal("lower_right")
 
 # Tiles that one drawn problem may visit: the interpreter takes some 10 ms for each, in each of four kernels.
 MAX_TILES = 40
@@ -46,34 +48,28 @@ def make(
     heads: tuple[int, int] = (2, 1),
     lengths: tuple[int, int] = (37, 43),
     widths: tuple[int, int] = (19, 23),
-    dtype: torch.dtype = torch.float32,
     bias: tuple[int, ...] | None = None,
     mask: tuple[int, ...] | None = None,
-    **options: object,
+    **options: Any,
 ) -> Problem:
+    """By default two tiles of queries, three of keys, both ragged."""
     torch.manual_seed(0)
-    (Hq, Hkv), (L, S), (D, Dv) = heads, lengths, widths
-    return Problem(
-        q=torch.randn(*batch, Hq, L, D).to(dtype),
-        k=torch.randn(*batch, Hkv, S, D).to(dtype),
-        v=torch.randn(*batch, Hkv, S, Dv).to(dtype),
-        do=torch.randn(*batch, Hq, L, Dv).to(dtype),
-        dlse=torch.randn(*batch, Hq, L, dtype=torch.promote_types(dtype, torch.float32)),
-        bias=None if bias is None else torch.randn(bias).to(dtype),
+    p = problems.make(batch, *heads, *lengths, *widths, **options)
+    return replace(
+        p,
+        bias=None if bias is None else torch.randn(bias).to(p.q.dtype),
         mask=None if mask is None else torch.rand(mask) < 0.6,
-        **options,
     )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [None, LOWER_RIGHT, pyattn.Causal("upper_left", prefix=9)])
-@pytest.mark.parametrize("lengths", [(37, 43), (43, 37), (32, 32)], ids=str)
-def test_plain_and_causal(dtype: torch.dtype, causal: pyattn.Causal | None, lengths: tuple[int, int]) -> None:
-    p = make(1, dtype=dtype, causal=causal, lengths=lengths)
+def test_plain_and_causal(dtype: torch.dtype, causal: pyattn.Causal | None) -> None:
+    p = make(1, dtype=dtype, causal=causal)
     accuracy.check(run(p), p)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 70), (70, 1), (16, 16), (17, 31), (64, 33)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 70), (70, 1), (16, 16), (32, 32), (43, 37), (64, 33)], ids=str)
 def test_lengths_around_tiles(lengths: tuple[int, int]) -> None:
     p = make(1, lengths=lengths, causal=LOWER_RIGHT)
     accuracy.check(run(p), p)
@@ -88,7 +84,8 @@ def test_causal_that_hides_all_or_nothing(diagonal_beyond: pyattn.Causal) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout(dtype: torch.dtype) -> None:
-    p = make(2, heads=(4, 2), lengths=(21, 34), dtype=dtype, dropout_p=0.3, seed=2**40 + 7, causal=LOWER_RIGHT)
+    p = make(2, heads=(4, 2), lengths=(21, 34), dtype=dtype, dropout_p=0.3, causal=LOWER_RIGHT)
+    p = replace(p, seed=2**40 + 7)
     accuracy.check(run(p), p)
 
 
@@ -96,8 +93,8 @@ def test_dropout(dtype: torch.dtype) -> None:
 def test_dropout_is_the_reference_bit_for_bit(seed: int) -> None:
     """With q = 0 all weights are 1 / S, so out = keep @ v / (S (1 - p)) shows which are kept: v is the identity."""
     S = 37
-    p = dataclasses.replace(make(3, heads=(2, 2), lengths=(33, S), widths=(1, S)), seed=seed, dropout_p=0.7)
-    p = dataclasses.replace(p, q=torch.zeros_like(p.q), v=torch.eye(S).expand(3, 2, S, S))
+    p = replace(make(3, heads=(2, 2), lengths=(33, S), widths=(1, S)), seed=seed, dropout_p=0.7)
+    p = replace(p, q=torch.zeros_like(p.q), v=torch.eye(S).expand(3, 2, S, S))
     kept = reference.dropout_mask(torch.tensor(seed), 0.7, 3, 2, 33, S)
     assert torch.equal(run(p).out != 0, kept)
 
@@ -133,7 +130,7 @@ def test_banded_mask_skips_tiles() -> None:
     """Open, partial and empty tiles in one mask, and rows that attend to nothing."""
     distance = torch.arange(97) - torch.arange(97).unsqueeze(-1)
     mask = (distance.abs() <= 40) & (torch.arange(97) < 70).unsqueeze(-1)
-    p = dataclasses.replace(make(1, lengths=(97, 97)), mask=mask)
+    p = replace(make(1, lengths=(97, 97)), mask=mask)
     accuracy.check(run(p), p)
 
 
@@ -147,7 +144,7 @@ def test_batch_dimensions_that_cannot_be_folded() -> None:
     """Permuted batch dimensions have no common stride: inputs are copied, outputs copied back."""
     p = make(2, 3, lengths=(5, 7))
     swap = {name: getattr(p, name).transpose(0, 1).contiguous().transpose(0, 1) for name in ("q", "k", "v", "do")}
-    p = dataclasses.replace(p, **swap)
+    p = replace(p, **swap)
     results = run(p)
     accuracy.check(results, p)
     assert results.out.stride() == torch.empty_like(p.q).stride()[:-1] + (1,) or results.out.stride(
@@ -174,7 +171,7 @@ def test_width_above_256() -> None:
 
 @pytest.mark.parametrize("empty", ["batch", "heads", "q_len", "kv_len"])
 def test_zero_sizes(empty: str) -> None:
-    batch, heads, lengths = (0,) if empty == "batch" else (2,), (0, 0) if empty == "heads" else (2, 1), [3, 5]
+    batch, heads = (0,) if empty == "batch" else (2,), (0, 0) if empty == "heads" else (2, 1)
     lengths = (0 if empty == "q_len" else 3, 0 if empty == "kv_len" else 5)
     for bias in ((1,), (*lengths,)):
         p = make(*batch, heads=heads, lengths=lengths, bias=bias, mask=lengths, dropout_p=0.5, causal=LOWER_RIGHT)
@@ -189,7 +186,7 @@ def test_unusual_scale(scale: float) -> None:
 
 def test_float16_scores_beyond_its_range() -> None:
     p = make(1, dtype=torch.float16, scale=1.0)
-    p = dataclasses.replace(p, q=p.q * 100, k=p.k * 100)
+    p = replace(p, q=p.q * 100, k=p.k * 100)
     assert (p.q.double() @ p.k.double().mT).abs().max() > torch.finfo(torch.float16).max
     accuracy.check(run(p), p)
 
@@ -204,7 +201,7 @@ def test_masked_positions_do_not_exist(garbage: float, dtype: torch.dtype) -> No
         p = make(1, dtype=dtype, bias=(2, 37, 43), mask=None, causal=pyattn.Causal("lower_right", prefix=3))
         p.bias[~mask] = -torch.inf
         getattr(p, name)[..., row, 4] = garbage
-        for problem in (p, dataclasses.replace(p, bias=None, mask=mask)):
+        for problem in (p, replace(p, bias=None, mask=mask)):
             check_rows(run(problem), accuracy.truth(problem))
 
 
@@ -217,9 +214,9 @@ def check_rows(results: Results, truth: Results) -> None:
 
 
 @given(st.data())
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_any_problem(data: st.DataObject) -> None:
-    p = data.draw(problems())
+    p = data.draw(strategies.problems())
     *batch, L, S = p.scores_shape()
     tiles = math.prod(batch) * (L + 31) // 32 * ((S + 15) // 16) * math.ceil(max(p.q.shape[-1], p.v.shape[-1], 1) / 128)
     assume(tiles <= MAX_TILES)
@@ -230,6 +227,6 @@ def test_any_problem(data: st.DataObject) -> None:
 def test_same_bits_again_and_in_another_batch(change: Callable[[Tensor], Tensor]) -> None:
     p = make(2, dtype=torch.bfloat16, bias=(2, 2, 1, 43), mask=(2, 1, 37, 43), causal=LOWER_RIGHT)
     names = ("q", "k", "v", "do", "dlse", "bias", "mask")
-    alone = dataclasses.replace(p, **{name: change(getattr(p, name)) for name in names})
+    alone = replace(p, **{name: change(getattr(p, name)) for name in names})
     for both, one in zip(run(p), run(alone), strict=True):
         assert torch.equal(change(both), one)
