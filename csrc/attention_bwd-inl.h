@@ -61,9 +61,18 @@ struct QuerySpan {
   }
 };
 
-// Where dS is summed up for dbias: in the output itself if that holds the compute type, else in scratch of the compute
-// type and of bias's own shape, with one part per chunk if bias is broadcast along the keys. A half-precision bias that
-// is not broadcast receives each element once and needs no sums.
+// sum + lost takes in x exactly, but for the rounding of lost (Knuth's TwoSum).
+template <class T>
+PYATTN_INLINE void add_compensated(T& sum, T& lost, T x) {
+  const T total = sum + x, added = total - sum;
+  lost += (sum - (total - added)) + (x - added);
+  sum = total;
+}
+
+// Where dS is summed up for dbias. An element of a bias that is broadcast receives up to B * Hq * L * S terms one by
+// one, so it is summed in scratch, in pairs of a sum and what that lost: a plain sum of a million terms is off by 700
+// eps. Scratch is twice bias's own shape, once per chunk of keys if bias is broadcast along them. A bias that is not
+// broadcast receives each element once, directly.
 template <class T>
 struct BiasGradient {
   bool on = false, stored = false;  // stored: elements are written, not added
@@ -71,14 +80,13 @@ struct BiasGradient {
   int64_t chunk = 0;                // stride between the chunks' parts
   int64_t rows = 0, columns = 0;    // of one matrix
   int64_t scratch = 0;              // elements
+  int64_t lost = 0;                 // stride from a sum to what it lost
 
   BiasGradient(const AttentionBackward& p, int64_t chunks) : on(p.dbias.data != nullptr), sums(p.dbias) {
     if (!on) return;
     const bool one_row = p.dbias.row == 0, one_column = p.dbias.col == 0 && p.S != 1;
     rows = one_row ? 1 : p.L;
     columns = one_column ? 1 : p.S;
-    const bool in_place = element_size(p.dbias.dtype) == sizeof(T);
-    if (in_place && !one_column) return;
     bool shared = one_row || one_column || (p.dbias.head == 0 && p.Hq > 1);
     for (int d = 0; d < p.batch_rank; ++d) shared |= p.dbias.batch[d] == 0 && p.batch_shape[d] > 1;
     stored = !shared;
@@ -97,9 +105,11 @@ struct BiasGradient {
       sums.batch[d] = p.dbias.batch[d] == 0 ? 0 : scratch;
       scratch *= p.dbias.batch[d] == 0 ? 1 : p.batch_shape[d];
     }
+    lost = scratch;
+    scratch *= 2;
   }
 
-  // dS of one query and the keys first_key + c, in the order in which the caller comes by.
+  // dS of one query and the keys first_key + c, in the order in which the caller comes by; ds is zero from n to kUnit.
   void add_row(const Matrix& to, int64_t part, int64_t query, int64_t first_key, int n, const T* ds) const {
     if (stored) {
       Matrix from_key = to;
@@ -108,9 +118,11 @@ struct BiasGradient {
     }
     T* row = reinterpret_cast<T*>(to.data) + part * chunk + query * to.row + first_key * to.col;
     if (to.col == 1) {
-      for (int c = 0; c < n; ++c) row[c] += ds[c];
+      for (int c = 0; c < n; ++c) add_compensated(row[c], row[lost + c], ds[c]);
     } else {
-      for (int c = 0; c < n; ++c) row[c * to.col] += ds[c];
+      Vec<T> sum = {};
+      for (int c = 0; c < kUnit; c += kWidth<T>) sum += load(ds + c);
+      add_compensated(row[0], row[lost], reduce_add<T>(sum));
     }
   }
 };
@@ -154,6 +166,7 @@ struct Backward {
   const int64_t ldk, ldv, units, chunk_units, chunks, group;
   const T keep_scale;
   BiasGradient<T> dbias;
+  MaskSummary mask;
 
   explicit Backward(const AttentionBackward& problem)
       : p(problem),
@@ -164,7 +177,8 @@ struct Backward {
         chunks(larger<int64_t>(1, (units + chunk_units - 1) / chunk_units)),
         group(p.Hkv == 0 ? 0 : p.Hq / p.Hkv),
         keep_scale(static_cast<T>(Dropout::scale(p))),
-        dbias(problem, chunks) {}
+        dbias(problem, chunks),
+        mask(problem) {}
 
   int64_t chunk_begin(int64_t chunk) const { return smaller(chunk * chunk_units * kUnit, p.S); }
 
@@ -209,7 +223,7 @@ struct Backward {
   // `origin`.
   void run_chunk(int64_t b, int64_t h, int64_t chunk, int64_t origin, const KeySpan<T>& keys,
                  const QuerySpan<T>& queries, T* dq) const {
-    const ScoreMaker<T> maker(p, b, h);
+    const ScoreMaker<T> maker(p, mask, b, h);
     const Dropout dropout(p, b, h);
     memset(dq, 0, p.L * ldk * sizeof(T));
     for (int64_t key = chunk_begin(chunk); key < chunk_begin(chunk + 1); key += kUnit) {
@@ -240,23 +254,14 @@ struct Backward {
     for (int64_t i = begin; i < end; ++i) store_row<T>(to, i, p.D, dq + i * ldk, static_cast<T>(p.scale));
   }
 
-  // Calls f(to, sums) for every distinct matrix of dbias and where its sums are; there may be some where the batch or
-  // the heads that they are broadcast to are empty.
+  // Calls f(to, sums) for every distinct matrix of dbias and where its sums are.
   template <class F>
   void for_each_bias(const F& f) const {
-    int64_t count = p.dbias.head == 0 ? 1 : p.Hq;
-    for (int d = 0; d < p.batch_rank; ++d) count *= p.dbias.batch[d] == 0 ? 1 : p.batch_shape[d];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t heads = p.dbias.head == 0 ? 1 : p.Hq;
-      int64_t rest = i / heads, to = i % heads * p.dbias.head, sums = i % heads * dbias.sums.head;
-      for (int d = p.batch_rank - 1; d >= 0; --d) {
-        if (p.dbias.batch[d] == 0) continue;
-        to += rest % p.batch_shape[d] * p.dbias.batch[d];
-        sums += rest % p.batch_shape[d] * dbias.sums.batch[d];
-        rest /= p.batch_shape[d];
-      }
-      char* data = static_cast<char*>(p.dbias.data) + to * element_size(p.dbias.dtype);
-      f(Matrix{data, p.dbias.row, p.dbias.col, p.dbias.dtype}, static_cast<T*>(dbias.sums.data) + sums);
+    for (int64_t i = 0; i < distinct_matrices(p, p.dbias); ++i) {
+      const MatrixIndex index = distinct_matrix(p, p.dbias, i);
+      char* data = static_cast<char*>(p.dbias.data) + matrix_offset(p, p.dbias, index) * element_size(p.dbias.dtype);
+      f(Matrix{data, p.dbias.row, p.dbias.col, p.dbias.dtype},
+        static_cast<T*>(dbias.sums.data) + matrix_offset(p, dbias.sums, index));
     }
   }
 
@@ -280,13 +285,17 @@ struct Backward {
     if (dbias.scratch == 0) return;
     for_each_bias([&](const Matrix& to, T* sums) {
       for (int64_t c = 1; dbias.chunk > 0 && c < chunks; ++c) {
-        for (int64_t i = 0; i < dbias.chunk; ++i) sums[i] += sums[i + c * dbias.chunk];
+        for (int64_t i = 0; i < dbias.chunk; ++i) {
+          add_compensated(sums[i], sums[dbias.lost + i], sums[c * dbias.chunk + i]);
+          sums[dbias.lost + i] += sums[dbias.lost + c * dbias.chunk + i];
+        }
       }
       for (int64_t i = 0; i < dbias.rows; ++i) {
         for (int64_t j = 0; j < dbias.columns; j += kWidth<T>) {
           T lanes[kWidth<T>] = {};
           const int64_t n = lanes_left<T>(dbias.columns, j);
-          for (int64_t c = 0; c < n; ++c) lanes[c] = sums[i * dbias.columns + j + c];
+          const T* row = sums + i * dbias.columns + j;
+          for (int64_t c = 0; c < n; ++c) lanes[c] = row[c] + row[dbias.lost + c];
           Matrix from_key = to;
           from_key.data += j * to.col * element_size(to.dtype);
           store_row<T>(from_key, i, n, lanes, T(1));
@@ -401,6 +410,7 @@ void attention_backward(const AttentionBackward& p) {
     queries = carver.take<QuerySpan<T>>(threads);
     dq = carver.take<T>(dq_count * query_elements);
     kernel.dbias.sums.data = kernel.dbias.scratch > 0 ? carver.take<T>(kernel.dbias.scratch) : p.dbias.data;
+    kernel.mask.blocks.data = carver.take<uint8_t>(kernel.mask.bytes);
     for (int i = 0; i < threads; ++i) {
       const KeySpan<T> key_piece(carver, span, p.D, p.Dv, kernel.ldk, kernel.ldv);
       const QuerySpan<T> query_piece(carver, p.L, kernel.ldk, kernel.ldv);
@@ -412,6 +422,7 @@ void attention_backward(const AttentionBackward& p) {
   };
   lay_out({reserve_scratch(lay_out({nullptr}))});
   if (kernel.dbias.on) kernel.clear_bias();
+  if (p.mask.data != nullptr) kernel.mask.fill(p, threads);
 
   if (by_owner) {
     parallel_for(threads, owners.count, [&](int worker, int64_t owner) {
