@@ -14,6 +14,13 @@ The layers, downwards; a call goes through them in this order::
 
 import torch as _torch  # first: the extension then shares torch's OpenMP pool
 
+try:
+    from . import _C as _C
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "pyattn's C++ core (pyattn._C) is not built. In the repository: pip install -e . (it takes a C++17 compiler)"
+    ) from error
+
 from . import _ops as _ops
 from ._checks import DeviceError, DtypeError, ShapeError
 from ._dispatch import Explanation, explain, show_config, use_backend

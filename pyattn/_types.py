@@ -32,12 +32,7 @@ import torch
 from jaxtyping import AbstractArray, Shaped, TypeCheckError, jaxtyped
 from torch import Tensor
 
-try:
-    import pyattn._C as _C
-except ModuleNotFoundError as error:
-    raise ImportError(
-        "pyattn's C++ core (pyattn._C) is not built. In the repository: pip install -e . (it takes a C++17 compiler)"
-    ) from error
+from . import _C
 
 P = ParamSpec("P")
 R = TypeVar("R")
