@@ -11,6 +11,9 @@ constexpr int kNV = kVectorRegisters == 32 ? 4 : 2;
 template <class T>
 constexpr int kPanel = kNV * kWidth<T>;
 
+// Longest running sum over head_dim. At 256 one sum was 1.24-1.47 times as far from float64 as torch's fp32 kernels.
+constexpr int64_t kMaxDepth = 128;
+
 // A half-open range of indices.
 struct Range {
   int begin, end;
@@ -89,8 +92,12 @@ void multiply_panels(int rows, const T* a, int64_t lda, const T* b, int64_t dept
       if (groups[g].columns <= n) continue;
       const int vectors = (groups[g].columns - n + kWidth<T> - 1) / kWidth<T>;
       const int i = g * kMR, count = rows - i < kMR ? rows - i : kMR;
-      tile_of<T>(count, vectors < kNV ? vectors : kNV)(a + i * lda, lda, 1, b + n * depth, kPanel<T>, c + i * ldc + n,
-                                                       ldc, depth, false);
+      const Tile<T> tile = tile_of<T>(count, vectors < kNV ? vectors : kNV);
+      // One pass even for a depth of 0, which makes zeros.
+      for (int64_t k = 0; k == 0 || k < depth; k += kMaxDepth) {
+        tile(a + i * lda + k, lda, 1, b + n * depth + k * kPanel<T>, kPanel<T>, c + i * ldc + n, ldc,
+             depth - k < kMaxDepth ? depth - k : kMaxDepth, k > 0);
+      }
     }
   }
 }
