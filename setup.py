@@ -5,10 +5,12 @@ csrc/attention_kernel.cpp holds the algorithms once and is compiled once per ins
 csrc/dispatch.cpp picks among the compiled variants when the extension is first used.
 """
 
+import os
 import platform
 import shutil
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -62,21 +64,25 @@ class build_ext(pybind11_build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Pybind11Extension) -> None:
-        # Kernel objects go last on the link line: should one ever hold a weak symbol, the baseline's copy wins
-        # over the one compiled for a processor that may not be there (facts: an AVX-512 std::vector did win).
-        for variant, flags in VARIANTS.items():
-            if flags and not self.compiles(flags):
-                continue
-            ext.extra_objects += self.compiler.compile(
-                [str(source) for source in KERNELS],
-                output_dir=str(Path(self.build_temp, variant)),
-                macros=[("PYATTN_VARIANT", variant)],
-                include_dirs=[str(CSRC)],
-                depends=HEADERS,
-                extra_postargs=[*ext.extra_compile_args, *flags],
-            )
-            ext.define_macros.append((f"PYATTN_HAVE_{variant.upper()}", "1"))
+        variants = {name: flags for name, flags in VARIANTS.items() if not flags or self.compiles(flags)}
+        ext.define_macros += [(f"PYATTN_HAVE_{name.upper()}", "1") for name in variants]
+        # The variants take most of the build's time and are independent: a compiler process for each.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # Kernel objects go last on the link line: should one ever hold a weak symbol, the baseline's copy wins over
+            # the one compiled for a processor that may not be there.
+            for objects in pool.map(lambda name: self.compile_variant(ext, name), variants):
+                ext.extra_objects += objects
         super().build_extension(ext)
+
+    def compile_variant(self, ext: Pybind11Extension, name: str) -> list[str]:
+        return self.compiler.compile(
+            [str(source) for source in KERNELS],
+            output_dir=str(Path(self.build_temp, name)),
+            macros=[("PYATTN_VARIANT", name)],
+            include_dirs=[str(CSRC)],
+            depends=HEADERS,
+            extra_postargs=[*ext.extra_compile_args, *VARIANTS[name]],
+        )
 
 
 # One OpenMP pool: torch brings libgomp.so.1 and is imported first, so plain -fopenmp binds to torch's copy.
