@@ -187,7 +187,7 @@ def train_epochs(classifier: Classifier, split: Split, *, epochs: int, batch_siz
             logits = model(without_some_words(trimmed(tokens, lengths, batch)))
             loss = F.cross_entropy(logits, targets[batch])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             total_loss += loss.item() * len(batch)
