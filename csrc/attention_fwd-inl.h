@@ -110,9 +110,14 @@ template <class T>
 struct Forward {
   const AttentionForward& p;
   const int64_t ldq, ldv, units;
+  MaskSummary mask;
 
   explicit Forward(const AttentionForward& problem)
-      : p(problem), ldq(padded<T>(p.D)), ldv(leading_dimension<T>(p.Dv)), units((p.S + kUnit - 1) / kUnit) {}
+      : p(problem),
+        ldq(padded<T>(p.D)),
+        ldv(leading_dimension<T>(p.Dv)),
+        units((p.S + kUnit - 1) / kUnit),
+        mask(problem) {}
 
   void pack_unit(int64_t b, int64_t kv_head, int64_t unit, const PackedKeys<T>& to) const {
     const int64_t first = unit * kUnit, keys = smaller<int64_t>(kUnit, p.S - first);
@@ -133,7 +138,7 @@ struct Forward {
   // The queries [first, first + rows) of head h of batch element b.
   void query_block(int64_t b, int64_t h, int64_t first, int rows, const PackedKeys<T>& keys,
                    const QueryBlock<T>& block) const {
-    const ScoreMaker<T> maker(p, b, h);
+    const ScoreMaker<T> maker(p, mask, b, h);
     const Dropout dropout(p, b, h);
     SoftmaxRow<T> softmax[kQueryBlock];
     const Matrix q = matrix(p, p.q, b, h);
@@ -253,7 +258,7 @@ constexpr int kHeadsPerThread = 4;
 
 template <class T>
 void attention_forward(const AttentionForward& p) {
-  const Forward<T> kernel(p);
+  Forward<T> kernel(p);
   const int threads = useful_threads<T>(p);
   const int64_t kv_heads = p.B * p.Hkv, group = p.Hkv == 0 ? 0 : p.Hq / p.Hkv;
   const int64_t blocks = (p.L + kQueryBlock - 1) / kQueryBlock;
@@ -265,6 +270,7 @@ void attention_forward(const AttentionForward& p) {
   const auto lay_out = [&](Carver carver) {
     keys = carver.take<PackedKeys<T>>(packs);
     buffers = carver.take<QueryBlock<T>>(threads);
+    kernel.mask.blocks.data = carver.take<uint8_t>(kernel.mask.bytes);
     for (int64_t i = 0; i < packs; ++i) {
       const PackedKeys<T> piece(carver, p.S, p.D, kernel.ldv);
       if (keys != nullptr) keys[i] = piece;
@@ -276,6 +282,7 @@ void attention_forward(const AttentionForward& p) {
     return carver.bytes;
   };
   lay_out({reserve_scratch(lay_out({nullptr}))});
+  if (p.mask.data != nullptr) kernel.mask.fill(p, threads);
 
   const auto run_block = [&](int64_t kv, int64_t g, int64_t block, const PackedKeys<T>& packed, int worker) {
     const int64_t first = block * kQueryBlock;

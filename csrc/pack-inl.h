@@ -21,6 +21,39 @@ inline int64_t matrix_offset(const AttentionProblem& p, const Tensor& tensor, in
   return offset;
 }
 
+// Where a matrix is, one index per dimension.
+struct MatrixIndex {
+  int64_t batch[kMaxBatchRank];
+  int64_t head;
+};
+
+inline int64_t matrix_offset(const AttentionProblem& p, const Tensor& tensor, const MatrixIndex& index) {
+  int64_t offset = index.head * tensor.head;
+  for (int d = 0; d < p.batch_rank; ++d) offset += index.batch[d] * tensor.batch[d];
+  return offset;
+}
+
+// The matrices of a tensor that is broadcast where its stride is 0, each once. There may be some where what they are
+// broadcast to is empty.
+inline int64_t distinct_matrices(const AttentionProblem& p, const Tensor& tensor) {
+  int64_t count = tensor.head == 0 ? 1 : p.Hq;
+  for (int d = 0; d < p.batch_rank; ++d) count *= tensor.batch[d] == 0 ? 1 : p.batch_shape[d];
+  return count;
+}
+inline MatrixIndex distinct_matrix(const AttentionProblem& p, const Tensor& tensor, int64_t i) {
+  MatrixIndex index = {};
+  if (tensor.head != 0) {
+    index.head = i % p.Hq;
+    i /= p.Hq;
+  }
+  for (int d = p.batch_rank - 1; d >= 0; --d) {
+    if (tensor.batch[d] == 0) continue;
+    index.batch[d] = i % p.batch_shape[d];
+    i /= p.batch_shape[d];
+  }
+  return index;
+}
+
 inline Matrix matrix(const AttentionProblem& p, const Tensor& tensor, int64_t b, int64_t h) {
   char* data = static_cast<char*>(tensor.data) + matrix_offset(p, tensor, b, h) * element_size(tensor.dtype);
   return {data, tensor.row, tensor.col, tensor.dtype};
@@ -74,8 +107,8 @@ PYATTN_INLINE int64_t leading_dimension(int64_t n) {
   return lines % 4 == 0 ? (lines + 1) * kLine : padded<T>(n);
 }
 
-// Whether everything added was finite, by the largest magnitude. (Sums of x * 0 would tell as well, but are a chain of 4
-// cycles per vector, which is longer than all the rest of packing takes.)
+// Whether everything added was finite, by the largest magnitude. (Sums of x * 0 would tell as well, but are a chain of
+// 4 cycles per vector, which is longer than all the rest of packing takes.)
 template <class T>
 struct FiniteCheck {
   using Bits = IntVec<T>;
@@ -137,8 +170,8 @@ PYATTN_INLINE void pack_square(const S* from, int64_t row, T factor, T* to, int6
   for (int i = 0; i < W; ++i) store(to + i * ldt, block[i]);
 }
 
-// The transpose of `keys` <= kUnit rows of `depth` elements, times `factor`, in panels [panel][depth][kPanel] with zeros
-// from `keys` to the next whole vector. Returns whether all elements read are finite.
+// The transpose of `keys` <= kUnit rows of `depth` elements, times `factor`, in panels [panel][depth][kPanel] with
+// zeros from `keys` to the next whole vector. Returns whether all elements read are finite.
 template <class T>
 bool pack_transposed(const Matrix& from, int64_t first, int64_t keys, int64_t depth, T factor, T* to) {
   return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
@@ -150,7 +183,8 @@ bool pack_transposed(const Matrix& from, int64_t first, int64_t keys, int64_t de
       const int64_t count = lanes_left<T>(keys, key);
       int64_t d = 0;
       if (count == W && from.col == 1) {
-        for (; d + W <= depth; d += W) pack_square<T>(rows + d, from.row, factor, panel + d * kPanel<T>, kPanel<T>, check);
+        for (; d + W <= depth; d += W)
+          pack_square<T>(rows + d, from.row, factor, panel + d * kPanel<T>, kPanel<T>, check);
       }
       // What is left of it, in squares filled up with zeros.
       for (; d < depth; d += W) {

@@ -9,23 +9,101 @@ struct GroupView {
   bool masked;  // the bool mask hides some of them from some of the queries
 };
 
+// The bool mask of a call as blocks of kMR queries and kUnit keys see it: a byte per block, made once per call. So the
+// mask is read once and row by row, not for every head and pass in the order of tiles: a band of 256 keys among 4096
+// would spend more time on that than on its scores.
+struct MaskSummary {
+  Tensor blocks;              // [*batch, head, group, unit] of bytes, with stride 0 where the mask is broadcast
+  int64_t units, groups = 0;  // of one matrix
+  int64_t bytes = 0;
+
+  explicit MaskSummary(const AttentionProblem& p) : units((p.S + kUnit - 1) / kUnit) {
+    if (p.mask.data == nullptr) return;
+    groups = p.mask.row == 0 ? 1 : (p.L + kMR - 1) / kMR;
+    blocks.col = 1;
+    blocks.row = p.mask.row == 0 ? 0 : units;
+    blocks.head = p.mask.head == 0 ? 0 : groups * units;
+    bytes = groups * units * (p.mask.head == 0 ? 1 : p.Hq);
+    for (int d = p.batch_rank - 1; d >= 0; --d) {
+      blocks.batch[d] = p.mask.batch[d] == 0 ? 0 : bytes;
+      bytes *= p.mask.batch[d] == 0 ? 1 : p.batch_shape[d];
+    }
+  }
+
+  void fill(const AttentionProblem& p, int threads) const {
+    parallel_for(threads, distinct_matrices(p, p.mask), [&](int, int64_t i) {
+      const MatrixIndex index = distinct_matrix(p, p.mask, i);
+      const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + matrix_offset(p, p.mask, index);
+      uint8_t* to = static_cast<uint8_t*>(blocks.data) + matrix_offset(p, blocks, index);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t rows = p.mask.row == 0 ? 1 : smaller<int64_t>(kMR, p.L - g * kMR);
+        for (int64_t u = 0; u < units; ++u) {
+          const int keys = static_cast<int>(smaller<int64_t>(kUnit, p.S - u * kUnit));
+          const uint8_t* corner = mask + g * kMR * p.mask.row + u * kUnit * p.mask.col;
+          to[g * units + u] = summarise(corner, rows, p.mask.row, keys, p.mask.col);
+        }
+      }
+    });
+  }
+
+  static GroupView view(uint8_t block) { return {block & 0x7f, (block & 0x80) != 0}; }
+
+  // One query's row of the mask over a unit, 0 from `keys` on.
+  static void read_row(const uint8_t* row, int64_t stride, int keys, uint8_t* to) {
+    if (stride == 1 && keys == kUnit) {
+      memcpy(to, row, kUnit);
+    } else {
+      for (int c = 0; c < kUnit; ++c) to[c] = c < keys ? row[c * stride] : 0;
+    }
+  }
+
+ private:
+  // In words of 8 columns, since g++ 12 takes byte vectors apart here. Bytes other than 0 and 1 can only make a block
+  // count as masked, and masked blocks are tested by element.
+  static uint8_t summarise(const uint8_t* mask, int64_t rows, int64_t row_stride, int keys, int64_t col_stride) {
+    constexpr int kWords = kUnit / 8;
+    uint64_t some[kWords] = {}, every[kWords];  // a column's byte is nonzero: some query sees it; every query does
+    memset(every, 0xff, sizeof every);
+    for (int64_t i = 0; i < rows; ++i) {
+      uint64_t row[kWords];
+      read_row(mask + i * row_stride, col_stride, keys, reinterpret_cast<uint8_t*>(row));
+      for (int w = 0; w < kWords; ++w) some[w] |= row[w], every[w] &= row[w];
+    }
+    int words = kWords;
+    while (words > 0 && some[words - 1] == 0) --words;
+    if (words == 0) return 0;
+    bool masked = false;
+    for (int w = 0; w < words - 1; ++w) {
+      masked |= ((every[w] - 0x0101010101010101) & ~every[w] & 0x8080808080808080) != 0;  // has a zero byte
+    }
+    uint8_t last_some[8], last_every[8];
+    memcpy(last_some, some + words - 1, 8);
+    memcpy(last_every, every + words - 1, 8);
+    int last = 8;
+    while (last_some[last - 1] == 0) --last;
+    for (int c = 0; c < last; ++c) masked |= last_every[c] == 0;
+    return static_cast<uint8_t>((words - 1) * 8 + last + (masked ? 0x80 : 0));
+  }
+};
+
 // Which keys the queries of one (batch, head) see.
 struct Visibility {
   int64_t S;
   bool causal;
   int64_t diagonal, prefix;
-  const uint8_t* mask;  // nullptr: no bool mask
-  int64_t mask_row, mask_col;
+  const uint8_t* mask = nullptr;  // nullptr: no bool mask
+  int64_t mask_row = 0, mask_col = 0;
+  const uint8_t* blocks = nullptr;  // the mask's summary
+  int64_t blocks_row = 0;
 
-  Visibility(const AttentionProblem& p, int64_t b, int64_t h)
-      : S(p.S),
-        causal(p.causal),
-        diagonal(p.diagonal),
-        prefix(p.prefix),
-        mask(nullptr),
-        mask_row(p.mask.row),
-        mask_col(p.mask.col) {
-    if (p.mask.data != nullptr) mask = static_cast<const uint8_t*>(p.mask.data) + matrix_offset(p, p.mask, b, h);
+  Visibility(const AttentionProblem& p, const MaskSummary& summary, int64_t b, int64_t h)
+      : S(p.S), causal(p.causal), diagonal(p.diagonal), prefix(p.prefix) {
+    if (p.mask.data == nullptr) return;
+    mask = static_cast<const uint8_t*>(p.mask.data) + matrix_offset(p, p.mask, b, h);
+    mask_row = p.mask.row;
+    mask_col = p.mask.col;
+    blocks = static_cast<const uint8_t*>(summary.blocks.data) + matrix_offset(p, summary.blocks, b, h);
+    blocks_row = summary.blocks.row;
   }
 
   // Query i sees no key from row_end(i) on; it never decreases with i.
@@ -37,20 +115,17 @@ struct Visibility {
     return static_cast<int>(clamp<int64_t>(row_end(i) - first_key, 0, columns));
   }
 
-  // What each group of the queries [first, first + rows) sees of the unit; false if none sees anything.
-  //
-  // The mask is read when a tile comes up, for every head anew: one byte against the 4 * head_dim and more operations
-  // of a score, so that a summary kept from head to head would save next to nothing.
+  // What each group of the queries [first, first + rows) sees of the unit; false if none sees anything. `first` is a
+  // multiple of kMR.
   bool view(int64_t first, int rows, int64_t first_key, GroupView* groups) const {
     const int keys = static_cast<int>(smaller<int64_t>(kUnit, S - first_key));
     int seen = 0;
-    GroupView of_mask = {keys, false};
     for (int g = 0; g < row_groups(rows); ++g) {
-      const int64_t query = first + g * kMR, count = smaller<int64_t>(kMR, first + rows - query);
-      groups[g] = {columns(query + count - 1, first_key, keys), false};
-      if (mask != nullptr && groups[g].columns > 0) {
-        if (mask_row != 0 || seen == 0) of_mask = view_mask(query, mask_row == 0 ? 1 : count, first_key, keys);
-        groups[g] = {smaller(groups[g].columns, of_mask.columns), of_mask.masked};
+      const int64_t last = first + smaller(rows, (g + 1) * kMR) - 1;
+      groups[g] = {columns(last, first_key, keys), false};
+      if (mask != nullptr) {
+        const GroupView view = MaskSummary::view(blocks[last / kMR * blocks_row + first_key / kUnit]);
+        groups[g] = {smaller(groups[g].columns, view.columns), view.masked};
       }
       seen |= groups[g].columns;
     }
@@ -59,28 +134,9 @@ struct Visibility {
 
   template <class T>
   void hide_masked(int64_t query, int64_t first_key, int keys, T* scores) const {
-    const uint8_t* row = mask + query * mask_row + first_key * mask_col;
-    for (int c = 0; c < keys; ++c) {
-      if (row[c * mask_col] == 0) scores[c] = -T(INFINITY);
-    }
-  }
-
- private:
-  GroupView view_mask(int64_t query, int64_t rows, int64_t first_key, int keys) const {
-    uint8_t some[kUnit] = {}, hidden[kUnit] = {};  // per column: a query sees it; one does not
-    for (int64_t i = 0; i < rows; ++i) {
-      const uint8_t* row = mask + (query + i) * mask_row + first_key * mask_col;
-      if (mask_col == 1) {
-        for (int c = 0; c < keys; ++c) some[c] |= row[c], hidden[c] |= row[c] == 0;
-      } else {
-        for (int c = 0; c < keys; ++c) some[c] |= row[c * mask_col], hidden[c] |= row[c * mask_col] == 0;
-      }
-    }
-    int columns = keys;
-    while (columns > 0 && some[columns - 1] == 0) --columns;
-    uint8_t masked = 0;
-    for (int c = 0; c < columns; ++c) masked |= hidden[c];
-    return {columns, masked != 0};
+    uint8_t row[kUnit];
+    MaskSummary::read_row(mask + query * mask_row + first_key * mask_col, mask_col, keys, row);
+    for (int c = 0; c < keys; ++c) scores[c] = row[c] != 0 ? scores[c] : -T(INFINITY);
   }
 };
 
@@ -100,8 +156,10 @@ struct ScoreMaker {
   bool has_bias;
   Matrix bias;
 
-  ScoreMaker(const AttentionProblem& p, int64_t b, int64_t h)
-      : visible(p, b, h), has_bias(p.bias.data != nullptr), bias(has_bias ? matrix(p, p.bias, b, h) : Matrix{}) {}
+  ScoreMaker(const AttentionProblem& p, const MaskSummary& summary, int64_t b, int64_t h)
+      : visible(p, summary, b, h),
+        has_bias(p.bias.data != nullptr),
+        bias(has_bias ? matrix(p, p.bias, b, h) : Matrix{}) {}
 
   // Finishes scores[c] = scale q.k of one query and the keys first_key + c of a unit; scores has room for
   // whole vectors.
