@@ -15,8 +15,9 @@ FORWARD, DKDV, DQ, DBIAS = "forward", "dkdv", "dq", "dbias"
 # The interpreter runs the same launchers on CPU tensors (TRITON_INTERPRET=1).
 INTERPRETER = 0
 
-# Head dims above the last bucket, and all of float64, are cut into chunks that the kernels loop over.
-BUCKETS = (64, 128, 256)
+# Head dims up to which a tile holds whole rows. Wider ones, and all of float64, are cut into chunks that the kernels
+# loop over: their rows would not fit the registers.
+BUCKETS = {"half": (64, 128, 256), "float32": (64, 128), "float64": ()}
 WIDE = 0
 CHUNK = {"half": 64, "float32": 64, "float64": 32}
 
@@ -57,9 +58,7 @@ def dtype_class(dtype: torch.dtype) -> str:
 
 
 def bucket(dtype: torch.dtype, head_dim: int, v_dim: int) -> int:
-    if dtype == torch.float64:
-        return WIDE
-    return next((width for width in BUCKETS if max(head_dim, v_dim) <= width), WIDE)
+    return next((width for width in BUCKETS[dtype_class(dtype)] if max(head_dim, v_dim) <= width), WIDE)
 
 
 def launch_options(kernel: str, device: torch.device, dtype: torch.dtype, head_dim: int, v_dim: int) -> dict[str, Any]:
@@ -91,7 +90,6 @@ TABLE: dict[tuple[int, str, int], Row] = {
     (80, "half", WIDE): Row(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
     (80, "float32", 64): Row(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1)),
     (80, "float32", 128): Row(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (80, "float32", 256): Row(Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     (80, "float32", WIDE): Row(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
     (90, "half", 64): Row(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
     (90, "half", 128): Row(Tile(128, 128, 8, 2), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
@@ -99,7 +97,6 @@ TABLE: dict[tuple[int, str, int], Row] = {
     (90, "half", WIDE): Row(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
     (90, "float32", 64): Row(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
     (90, "float32", 128): Row(Tile(64, 32, 4, 2), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
-    (90, "float32", 256): Row(Tile(64, 32, 8, 1), Tile(16, 64, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 4, 1)),
     (90, "float32", WIDE): Row(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
     (100, "half", 64): Row(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
     (100, "half", 128): Row(Tile(128, 64, 8, 2), Tile(32, 128, 8, 1), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
@@ -107,10 +104,7 @@ TABLE: dict[tuple[int, str, int], Row] = {
     (100, "half", WIDE): Row(Tile(64, 64, 4, 1), Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
     (100, "float32", 64): Row(Tile(64, 32, 4, 2), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
     (100, "float32", 128): Row(Tile(64, 32, 8, 1), Tile(32, 64, 8, 1), Tile(64, 32, 8, 1), Tile(64, 32, 4, 1)),
-    (100, "float32", 256): Row(Tile(64, 16, 8, 1), Tile(16, 64, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 4, 1)),
     (100, "float32", WIDE): Row(Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 4, 1), Tile(64, 32, 4, 1)),
 }
 TABLE |= {(arch, "float64", WIDE): _DOUBLE for arch in (80, 90, 100)}
-TABLE |= {
-    (INTERPRETER, dtype, width): _INTERPRETED for dtype in ("half", "float32", "float64") for width in (*BUCKETS, WIDE)
-}
+TABLE |= {(INTERPRETER, kind, width): _INTERPRETED for kind, widths in BUCKETS.items() for width in (*widths, WIDE)}

@@ -241,7 +241,7 @@ def _launch_dbias(p: _Problem, do: Tensor, lse2: Tensor, delta: Tensor, dbias: T
     if direct:
         _unfold(sums, dbias)
         return
-    total = _sum_parts(sums.view(parts, -1)).view(p.bias.shape)
+    total = _sum_parts(sums.view(parts, p.bias.numel())).view(p.bias.shape)
     if dbias.numel() != p.bias.numel():
         total = total.view(*p.batch, bias_h, bias_l, bias_s).sum_to_size(dbias.shape)
     dbias.copy_(total.view(dbias.shape))
