@@ -57,6 +57,7 @@ PYATTN_INLINE void store(double* p, Vec<double> x) { *reinterpret_cast<Simd<doub
 // ---- Half precision: widened exactly, narrowed by rounding to nearest, ties to even.
 
 typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Bits64 __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
 
 PYATTN_INLINE Bits32 widen_bits(const uint16_t* p) {
@@ -199,7 +200,7 @@ PYATTN_INLINE Vec<float> exp(Vec<float> x) {
   p = p * f + 2.4022646891e-1f;
   p = p * f + 6.9314720574e-1f;
   p = p * f + 1.0f;
-  const Vec<float> power = (Vec<float>)(((IntVec<float>)shifted << 23) + 0x3f800000);
+  const Vec<float> power = (Vec<float>)(((Bits32)shifted << 23) + 0x3f800000);
   return x < -87.3f ? Vec<float>{} : p * power;
 }
 PYATTN_INLINE Vec<double> exp(Vec<double> x) {
@@ -218,12 +219,11 @@ PYATTN_INLINE Vec<double> exp(Vec<double> x) {
   p = p * f + 2.40226506959101562e-1;
   p = p * f + 6.9314718055994533e-1;
   p = p * f + 1.0;
-  const Vec<double> power = (Vec<double>)(((IntVec<double>)shifted << 52) + (1023LL << 52));
+  const Vec<double> power = (Vec<double>)(((Bits64)shifted << 52) + (1023ULL << 52));
   return x < -708.0 ? Vec<double>{} : p * power;
 }
 
 // 64-bit lanes: the product of their low halves.
-typedef uint64_t Bits64 __attribute__((vector_size(kVectorBytes)));
 #if defined(__AVX512F__)
 PYATTN_INLINE Bits64 multiply_low_halves(Bits64 a, Bits64 b) {
   return (Bits64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
