@@ -158,8 +158,8 @@ def _read_model_file(path: Path) -> dict[str, Any]:
 WEIGHT_DECAY = 0.01
 WARMUP_SHARE = 0.1
 # Words replaced by UNK in training, so that its embedding is trained even where every word of a corpus fits into the
-# vocabulary. On the standard library's docstrings it costs nothing: validation accuracy 0.835 with it and without (means
-# over two seeds, November 2026).
+# vocabulary. On the standard library's docstrings it costs nothing: validation accuracy 0.835 with it and without
+# (means over two seeds, November 2026).
 WORD_DROPOUT = 0.2
 POOLED_BATCHES = 8
 
