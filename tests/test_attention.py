@@ -17,7 +17,7 @@ from strategies import DTYPES, GARBAGE, LAYOUTS, lay_out, problems
 from torch import Tensor
 
 import pyattn
-from pyattn import reference
+from pyattn import _C, reference
 
 HALF_OR_SINGLE = (torch.bfloat16, torch.float32)
 
@@ -125,6 +125,9 @@ def test_size_zero(axis: str, dtype: torch.dtype) -> None:
     accuracy.check(run(problem), problem)
 
 
+@pytest.mark.skipif(
+    _C.isa() != _C.available_isas()[0], reason="torch's kernel has the best instruction set, and may round less by FMA"
+)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_is_that_of_torchs_kernel(dtype: torch.dtype, causal: bool) -> None:
