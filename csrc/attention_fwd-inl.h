@@ -63,16 +63,14 @@ struct SoftmaxRow {
   bool poisoned;  // attends a non-finite input
 };
 
-// One step of the online softmax. (In base e, not 2, although that costs the exponential nothing: a row dominated by
-// one key then has lse = m exactly, and the backward finds P = 1 for it, not 1 + eps * |m|.) scores[0, n) become
-// e^(score - m). `rescale` is what earlier sums and accumulators are to be multiplied by, 1 if the maximum did not
-// grow. scores has room for whole vectors; the last one is padded.
+// The first half of a step of the online softmax: takes the maximum of scores[0, n), n > 0, into the row. Returns what
+// earlier accumulators are to be multiplied by, 1 if the maximum did not grow. scores has room for whole vectors; the
+// last one is filled up.
 template <class T>
-T softmax_step(T* scores, int n, SoftmaxRow<T>& row) {
+T raise_maximum(T* scores, int n, SoftmaxRow<T>& row) {
   constexpr int W = kWidth<T>;
   const int end = (n + W - 1) / W * W;
   for (int c = n; c < end; ++c) scores[c] = -T(INFINITY);
-
   Vec<T> max0 = load(scores), max1 = max0;
   int c = W;
   for (; c + W < end; c += 2 * W) {
@@ -81,29 +79,35 @@ T softmax_step(T* scores, int n, SoftmaxRow<T>& row) {
   }
   if (c < end) max0 = max<T>(max0, load(scores + c));
   const T block_max = reduce_max<T>(max<T>(max0, max1));
+  if (!(block_max > row.m)) return 1;
+  const T rescale = row.l == 0 ? T(1) : exp(broadcast(row.m - block_max))[0];
+  row.m = block_max;
+  row.l *= rescale;
+  return rescale;
+}
 
-  T rescale = 1;
-  if (block_max > row.m) {
-    if (row.l != 0) rescale = exp(broadcast(row.m - block_max))[0];
-    row.m = block_max;
-  }
+// The second half: scores[0, n) become e^(score - m), and their sum is added to the row. (In base e, not 2, although
+// that costs the exponential nothing: a row dominated by one key then has lse = m exactly, and the backward finds P = 1
+// for it, not 1 + eps * |m|.)
+template <class T>
+void exponentiate(T* scores, int n, SoftmaxRow<T>& row) {
+  constexpr int W = kWidth<T>;
   const Vec<T> pivot = broadcast(row.m == -T(INFINITY) ? T(0) : row.m);  // -inf - -inf would be NaN
-
   Vec<T> sum0 = {}, sum1 = {};
-  for (c = 0; c + W < end; c += 2 * W) {
+  int c = 0;
+  for (; c + W < n; c += 2 * W) {
     const Vec<T> p0 = exp(load(scores + c) - pivot), p1 = exp(load(scores + c + W) - pivot);
     store(scores + c, p0);
     store(scores + c + W, p1);
     sum0 += p0;
     sum1 += p1;
   }
-  if (c < end) {
+  if (c < n) {
     const Vec<T> p0 = exp(load(scores + c) - pivot);
     store(scores + c, p0);
     sum0 += p0;
   }
-  row.l = row.l * rescale + reduce_add<T>(sum0 + sum1);
-  return rescale;
+  row.l += reduce_add<T>(sum0 + sum1);
 }
 
 template <class T>
@@ -175,14 +179,29 @@ struct Forward {
       multiply_panels<T>(rows, block.q, ldq, keys.kt + slots[s].first_key * p.D, p.D, block.scores + s * kUnit, ld,
                          slots[s].groups);
     }
+    // Two passes over the rows: each is a short chain per row, so that the processor works on several rows at once.
+    int seen[kQueryBlock];
     for (int i = 0; i < rows; ++i) {
-      const T rescale =
-          score_row(maker, dropout, first + i, i / kMR, slots, count, keys, block.scores + i * ld, softmax[i]);
-      if (rescale != 1) {
-        for (int64_t d = 0; d < p.Dv; d += kWidth<T>) {
-          T* acc = block.acc + i * ldv + d;
-          store(acc, load(acc) * rescale);
-        }
+      seen[i] = score_row(maker, first + i, i / kMR, slots, count, keys, block.scores + i * ld, softmax[i]);
+      const T rescale = seen[i] == 0 ? T(1) : raise_maximum(block.scores + i * ld, seen[i], softmax[i]);
+      if (rescale == 1) continue;
+      for (int64_t d = 0; d < p.Dv; d += kWidth<T>) {
+        T* acc = block.acc + i * ldv + d;
+        store(acc, load(acc) * rescale);
+      }
+    }
+    for (int i = 0; i < rows; ++i) {
+      T* scores = block.scores + i * ld;
+      if (seen[i] > 0) exponentiate(scores, seen[i], softmax[i]);
+      int end = 0;  // of what the row's group has computed
+      for (int s = 0; s < count; ++s) {
+        if (slots[s].groups[i / kMR].columns > 0) end = s * kUnit + slots[s].groups[i / kMR].columns;
+      }
+      for (int c = seen[i]; c < end; ++c) scores[c] = 0;
+      for (int s = 0; dropout.on && s * kUnit < seen[i]; ++s) {
+        uint32_t words[kUnit];
+        dropout.draw(first + i, slots[s].first_key, words);
+        dropout.drop(words, smaller(kUnit, seen[i] - s * kUnit), scores + s * kUnit);
       }
     }
     for (int s = 0; s < count; ++s) {
@@ -193,32 +212,22 @@ struct Forward {
     }
   }
 
-  // One row of products becomes one row of probabilities, 0 where the row does not see what its group sees; returns the
-  // rescaling of the row's earlier sums.
-  T score_row(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t query, int group, const Slot* slots,
-              int count, const PackedKeys<T>& keys, T* scores, SoftmaxRow<T>& softmax) const {
-    int n = 0, end = 0;  // columns up to the last one that the row sees, and that the group sees
+  // One row of products becomes one row of scores, -inf in gaps where it does not see what its group sees. Returns the
+  // number of columns up to the last one that it sees.
+  int score_row(const ScoreMaker<T>& maker, int64_t query, int group, const Slot* slots, int count,
+                const PackedKeys<T>& keys, T* scores, SoftmaxRow<T>& softmax) const {
+    int n = 0;
     for (int s = 0; s < count; ++s) {
       const Slot& slot = slots[s];
       const GroupView& view = slot.groups[group];
       const int begin = s * kUnit, seen = maker.visible.columns(query, slot.first_key, view.columns);
-      if (view.columns > 0) end = begin + view.columns;
       if (seen == 0) continue;
       for (int c = n; c < begin; ++c) scores[c] = -T(INFINITY);
       maker.finish(query, slot.first_key, seen, view.masked, scores + begin);
       if (slot.marked) softmax.poisoned |= attends(keys.bad_key + slot.first_key, scores + begin, seen);
       n = begin + seen;
     }
-    const T rescale = n == 0 ? T(1) : softmax_step(scores, n, softmax);
-    for (int c = n; c < end; ++c) scores[c] = 0;
-    if (dropout.on) {
-      for (int s = 0; s * kUnit < n; ++s) {
-        uint32_t words[kUnit];
-        dropout.draw(query, slots[s].first_key, words);
-        dropout.drop(words, smaller(kUnit, n - s * kUnit), scores + s * kUnit);
-      }
-    }
-    return rescale;
+    return n;
   }
 
   // Whether one of the marked keys has a score that takes part.
@@ -232,7 +241,7 @@ struct Forward {
   // Normalises and writes out and lse.
   void finish(int64_t b, int64_t h, int64_t first, int rows, const Dropout& dropout, const QueryBlock<T>& block,
               const SoftmaxRow<T>* softmax) const {
-    const Matrix out = matrix(p, p.out, b, h);
+    const Matrix out = matrix(p, p.out, b, h), lse = matrix(p, p.lse, b, h);
     for (int i = 0; i < rows; ++i) {
       SoftmaxRow<T> row = softmax[i];
       const bool empty = row.l == 0;  // nothing to attend to, or only scores of -inf
@@ -241,7 +250,7 @@ struct Forward {
       store_row<T>(out, first + i, p.Dv, block.acc + i * ldv,
                    empty ? T(0) : static_cast<T>(dropout.keep_scale) / row.l);
       if (p.lse.data == nullptr) continue;
-      element<T>(matrix(p, p.lse, b, h), first + i) = empty ? -T(INFINITY) : row.m + log(row.l);
+      element<T>(lse, first + i) = empty ? -T(INFINITY) : row.m + log(row.l);
     }
   }
 };
