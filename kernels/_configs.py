@@ -15,8 +15,8 @@ FORWARD, DKDV, DQ, DBIAS = "forward", "dkdv", "dq", "dbias"
 # The interpreter runs the same launchers on CPU tensors (TRITON_INTERPRET=1).
 INTERPRETER = 0
 
-# Tiles in the table are the largest tried that compile without spills. On sm_90 that can mean tiles below the 64 rows of
-# wgmma (float32, and the backward at 256): they run on the tensor cores by mma.sync.
+# The table's tiles are the largest tried that compile without spills, or nearly. On sm_90 that can mean less than the
+# 64 rows of wgmma (float32, and the backward at 256): such tiles run on the tensor cores by mma.sync.
 #
 # Head dims up to which a tile holds whole rows. Wider ones, and all of float64, are cut into chunks that the kernels
 # loop over: their rows would not fit the registers.

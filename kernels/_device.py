@@ -181,8 +181,8 @@ def kept_tile(seed_ptr, b, h, m, n0, keep_from, BLOCK_M: tl.constexpr, BLOCK_N: 
     """Whether dropout keeps the weights of queries m and keys [n0, n0 + BLOCK_N), [BLOCK_M, BLOCK_N].
 
     Philox4x32-10 with key = seed and counter = (key // 4, query, head, batch) draws four words at a time, one for each
-    of four neighbouring keys. Drawing [BLOCK_M, BLOCK_N / 4] counters and interleaving their words costs a quarter of
-    the multiplications of a draw per element.
+    of four neighbouring keys. Drawing [BLOCK_M, BLOCK_N / 4] counters and interleaving their words takes a quarter of
+    the rounds that a draw per weight would: 24 instructions per weight in all (counted in sm_90's machine code).
     """
     quads = n0 // 4 + tl.arange(0, BLOCK_N // 4)
     # [BLOCK_M, BLOCK_N / 4]
