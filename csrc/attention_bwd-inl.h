@@ -14,7 +14,7 @@
 constexpr int kTileRows = 96;
 constexpr int kTileStride = kUnit;
 constexpr int kTileGroups = (kTileRows + kMR - 1) / kMR;  // of queries; there are fewer of keys
-static_assert(kTileRows >= kUnit);
+static_assert(kTileRows >= kUnit && kTileRows % kMR == 0);
 
 // A chunk has at least this many units, since it costs an addition to dq; and there are at most so many chunks, since
 // each may need a dq of its own.
