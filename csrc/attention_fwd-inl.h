@@ -6,8 +6,8 @@
 // nothing knows of skipping.
 
 // Queries per block and units of keys per block: 24 x 512 scores are 48 KB, which with a unit of K^T or V stays within
-// the L2 cache, while up to 512 keys need no rescaling at all. (48 and 96 queries, 2 and 4 units: no better at any of
-// seven shapes; Zen 3, AVX2, one thread.)
+// the L2 cache, while up to 512 keys need no rescaling at all. (48 or 96 queries, 2 or 4 units: within the noise or
+// slower at seven shapes; Zen 3, AVX2, one thread.)
 constexpr int kQueryBlock = 24;
 constexpr int kKeyBlock = 8;
 static_assert(kQueryBlock % kMR == 0);  // groups of a block are groups of the mask's summary
