@@ -291,35 +291,40 @@ PyObject* is_neg_name = nullptr;
 
 enum Plain : long { kNotPlain = 0, kPlain = 1, kPlainWithGrad = 2, kPlainError = -1 };
 
-// Whether the data pointer of `object` tells all there is: exactly a Tensor or Parameter, and no lazy negation (x.imag
-// of a conjugate), which DLPack does not show.
-Plain plainness(PyObject* object) {
+// Whether the memory of `object` tells all there is, and if so, where it is: exactly a Tensor or Parameter, with memory
+// of its own (not a level of torch.func or of batched gradients, meta, sparse, or zeros that take no memory), and not
+// negated lazily (x.imag of a conjugate), which DLPack does not show.
+Plain read_plain(PyObject* object, dlpack::DLTensor& tensor) {
   if (!is_exact_tensor(object)) return kNotPlain;
   PyObject* is_neg = PyObject_CallMethodNoArgs(object, is_neg_name);
   if (is_neg == nullptr) return kPlainError;
   Py_DECREF(is_neg);
   if (is_neg == Py_True) return kNotPlain;
+  const dlpack::DLExchangeAPI* api = exchange_api(tensor_type);
+  if (api == nullptr || api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();
+    return kNotPlain;
+  }
+  bool empty = false;
+  for (int i = 0; i < tensor.ndim; ++i) empty |= tensor.shape[i] == 0;
+  if (tensor.data == nullptr && !empty) return kNotPlain;
   PyObject* requires_grad = PyObject_GetAttr(object, requires_grad_name);
   if (requires_grad == nullptr) return kPlainError;
   Py_DECREF(requires_grad);
   return requires_grad == Py_True ? kPlainWithGrad : kPlain;
 }
 
-// The answer for all tensors that are not None together.
-Plain plainness(PyObject* const* tensors, Py_ssize_t count) {
+PyObject* plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
   Plain answer = kPlain;
   for (Py_ssize_t i = 0; i < count; ++i) {
     if (tensors[i] == Py_None) continue;
-    const Plain one = plainness(tensors[i]);
-    if (one == kNotPlain || one == kPlainError) return one;
+    dlpack::DLTensor tensor;
+    const Plain one = read_plain(tensors[i], tensor);
+    if (one == kPlainError) return nullptr;
+    if (one == kNotPlain) return PyLong_FromLong(kNotPlain);
     if (one == kPlainWithGrad) answer = one;
   }
-  return answer;
-}
-
-PyObject* plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
-  const Plain answer = plainness(tensors, count);
-  return answer == kPlainError ? nullptr : PyLong_FromLong(answer);
+  return PyLong_FromLong(answer);
 }
 
 // ---- The operands of attention ----
@@ -372,20 +377,18 @@ PyObject* attention_operands(PyObject*, PyObject* const* tensors, Py_ssize_t cou
     PyErr_Format(PyExc_TypeError, "expected %d operands, got %zd", kOperands, count);
     return nullptr;
   }
-  const Plain answer = plainness(tensors, count);
-  if (answer == kPlainError) return nullptr;
-  if (answer == kNotPlain) return PyLong_FromLong(answer);
-  const dlpack::DLExchangeAPI* api = exchange_api(tensor_type);
+  Plain answer = kPlain;
   dlpack::DLTensor operands[kOperands];
   const dlpack::DLTensor* present[kOperands] = {};
   for (int i = 0; i < kOperands; ++i) {
     if (tensors[i] == Py_None) continue;
-    if (api == nullptr || api->dltensor_from_py_object_no_sync(tensors[i], &operands[i]) != 0) {
-      PyErr_Clear();  // a meta or sparse tensor, or a level of torch.func
+    const Plain one = read_plain(tensors[i], operands[i]);
+    if (one == kPlainError) return nullptr;
+    const dlpack::DLDevice &device = operands[i].device, &of_q = operands[0].device;
+    if (one == kNotPlain || device.device_type != of_q.device_type || device.device_id != of_q.device_id) {
       return PyLong_FromLong(kNotPlain);
     }
-    const dlpack::DLDevice &device = operands[i].device, &of_q = operands[0].device;
-    if (device.device_type != of_q.device_type || device.device_id != of_q.device_id) return PyLong_FromLong(kNotPlain);
+    if (one == kPlainWithGrad) answer = one;
     present[i] = &operands[i];
   }
   const bool fits = attention_fits(operands[0], operands[1], operands[2], present[3], present[4]);

@@ -52,8 +52,7 @@ class Transformable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         with _dispatch.requesting(ctx.backend):
-            dq, dk, dv, *dbias = _TransformableBackward.apply(*grads, out, lse, *tensors, ctx.config)  # type: ignore[no-untyped-call]
-        return dq, dk, dv, dbias[0] if dbias else None, None, None, None
+            return transformable_backward(*grads, out, lse, *tensors, ctx.config)[:-1]
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
@@ -62,6 +61,12 @@ class Transformable(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: InDims, *args: Any) -> tuple[Any, Any]:
         return _vmap(Transformable, info.batch_size, in_dims, args), (0, 0)
+
+
+def transformable_backward(*args: Any) -> tuple[Tensor | None, ...]:
+    """Gradients for q, k, v, bias, and None for mask, seed, config and backend, from the arguments of the backward."""
+    dq, dk, dv, *dbias = _TransformableBackward.apply(*args)  # type: ignore[no-untyped-call]
+    return dq, dk, dv, dbias[0] if dbias else None, None, None, None, None
 
 
 class _TransformableBackward(torch.autograd.Function):

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from . import _C, _dispatch, reference
 from ._checks import ShapeError, check_numbers, check_seed
 from ._problem import AttentionConfig, Operands, check
-from ._transforms import Transformable
+from ._transforms import Transformable, transformable_backward
 from ._types import typed
 from .masks import UPPER_LEFT, LoweredMask, Mask, lower
 
@@ -242,7 +242,7 @@ def _attend(
     else:
         check(operands, config, mask_argument)
     backend = _dispatch.choose(operands, config)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _under_transforms():
         seed = _seed(dropout_p, dropout_seed, query)
         return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return, no-untyped-call]
     if not plain or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
@@ -255,6 +255,10 @@ def _attend(
 
 
 _WITH_GRAD = 2  # _C.attention_operands: an operand requires grad
+
+
+def _under_transforms() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _call_op(operands: Operands, config: AttentionConfig, dropout_seed: int | Tensor | None) -> tuple[Tensor, Tensor]:
@@ -281,13 +285,18 @@ class _Attention(torch.autograd.Function):
         operands = Operands(q, k, v, bias, mask=mask, seed=seed)
         bias_grad = ctx.needs_input_grad[3]
         do = torch.zeros_like(out) if do is None else do
-        if torch.is_grad_enabled():  # create_graph: the op has a derivative of its own
-            with _dispatch.requesting(ctx.backend.name):
+        # The gradients come from outside, and the saved tensors through hooks: what was plain may not be so now.
+        plain = _C.plain(do, dlse, out, lse, *operands[:-1])
+        with _dispatch.requesting(ctx.backend.name):
+            if _under_transforms():
+                dlse = torch.zeros_like(lse) if dlse is None else dlse
+                return transformable_backward(do, dlse, out, lse, q, k, v, bias, mask, seed, ctx.config)
+            if not plain or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
                 dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(
                     do, dlse, out, lse, *operands, *ctx.config, bias_grad
                 )
-        else:
-            dq, dk, dv, dbias = ctx.backend.backward(do, dlse, out, lse, operands, ctx.config, bias_grad)
+            else:
+                dq, dk, dv, dbias = ctx.backend.backward(do, dlse, out, lse, operands, ctx.config, bias_grad)
         return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
 
 

@@ -167,3 +167,37 @@ def test_checkpoint_repeats_the_dropout(qkv: tuple[Tensor, ...]) -> None:
     checkpointed = torch.utils.checkpoint.checkpoint(fn, q, k, v, use_reentrant=False)
     again = torch.autograd.grad(checkpointed.square().sum(), (q, k, v))
     torch.testing.assert_close(flat(again), flat(plain), rtol=0, atol=0)
+
+
+def test_a_lazily_negated_gradient_or_input(qkv: tuple[Tensor, ...]) -> None:
+    """The derivative of torch.complex is imag of a conjugate: negated without a copy, which DLPack does not show."""
+    q, k, v = qkv
+    leaf = q.clone().requires_grad_()
+    out = ours(leaf, k, v)
+    do = torch.complex(torch.zeros_like(out), torch.randn_like(out)).detach().conj().imag
+    assert do.is_neg()
+    lazy, plain = (torch.autograd.grad(out, leaf, g, retain_graph=True)[0] for g in (do, do.clone().resolve_neg()))
+    torch.testing.assert_close(lazy, plain)
+    negated = torch.complex(torch.zeros_like(q), q).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(ours(negated, k, v), theirs(-q, k, v))
+
+
+def test_transforms_of_the_backward_alone(qkv: tuple[Tensor, ...]) -> None:
+    """The graph was made in plain eager mode; only its gradients are mapped, or have tangents."""
+    q, k, v = qkv
+    leaf = q.clone().requires_grad_()
+    out = ours(leaf, k, v)
+    gradients = torch.randn(3, *out.shape, dtype=out.dtype)
+
+    def pull(do: Tensor) -> Tensor:
+        return torch.autograd.grad(out, leaf, do, retain_graph=True)[0]
+
+    looped = torch.stack([pull(do) for do in gradients])
+    torch.testing.assert_close(torch.func.vmap(pull)(gradients), looped)
+    batched = torch.autograd.grad(out, leaf, gradients, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(batched, looped)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(gradients[0], gradients[1])
+        tangent = torch.autograd.forward_ad.unpack_dual(pull(dual)).tangent
+    torch.testing.assert_close(tangent, looped[1])
