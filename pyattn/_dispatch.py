@@ -237,7 +237,8 @@ class use_backend:
     >>> with pyattn.use_backend("reference"):
     ...     out = pyattn.attention(q, k, v)
 
-    The backward of a forward made inside it uses the same backend, wherever it runs.
+    The backward of a forward made inside it uses the same backend, wherever it runs. A graph from torch.compile asks
+    each time it runs, its backward apart from its forward: keep both inside.
     """
 
     def __init__(self, name: BackendName) -> None:

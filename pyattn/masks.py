@@ -64,11 +64,11 @@ class Causal(Mask):
     def __post_init__(self) -> None:
         if self.align is not None and self.align not in get_args(Align):
             raise ValueError(f"Causal: align must be 'upper_left', 'lower_right' or None, got {self.align!r}")
-        if self.prefix < 0:
-            raise ValueError(f"Causal: prefix must be a number of keys, 0 or more, got {self.prefix}")
+        if not isinstance(self.prefix, int) or not 0 <= self.prefix < 2**63:
+            raise ValueError(f"Causal: prefix must be a number of keys, 0 or more, got {self.prefix!r}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by
 class _Both(Mask):
     first: Mask | Tensor
     second: Mask | Tensor

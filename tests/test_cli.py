@@ -99,8 +99,13 @@ def test_the_best_epoch_is_the_one_saved(reviews, tmp_path, monkeypatch, capsys)
 def test_interrupting_keeps_the_finished_epochs(reviews, tmp_path):
     path = tmp_path / "model.pt"
     arguments = ["train", "--csv", reviews, *COLUMNS, "--epochs", "100000", "--output", str(path)]
+    # A shell that starts the tests in the background has SIGINT ignored, and so would the program that they start.
+    heeding = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "runpy.run_module('pyattn', run_name='__main__', alter_sys=True)"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyattn", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", heeding, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     for line in process.stdout:
         if line.startswith("epoch  1/"):
