@@ -1,11 +1,15 @@
 """mypy --strict and pyright on a script as a user writes it: clean where it is right, and not where it is wrong."""
 
+import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import pyattn
 
 SCRIPT = """
 import torch
@@ -33,13 +37,22 @@ WRONG = [
 ]
 
 
+# Where the checkers find pyattn: an editable install hooks into Python's import, which they do not run.
+ROOT = Path(pyattn.__file__).parents[1]
+INSTALLED = "site-packages" in ROOT.parts
+
+
 def mypy(script: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={script.parent}", str(script)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
+    options = ["--strict", "--config-file=", f"--cache-dir={script.parent}", "--follow-imports=silent"]
+    environment = os.environ | ({} if INSTALLED else {"MYPYPATH": str(ROOT)})
+    command = [sys.executable, "-m", "mypy", *options, str(script)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=script.parent, env=environment)
 
 
 def pyright(script: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(script)]
+    config = {"include": [script.name], "extraPaths": [] if INSTALLED else [str(ROOT)]}
+    (script.parent / "pyrightconfig.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "-p", str(script.parent)]
     return subprocess.run(command, capture_output=True, text=True, cwd=script.parent)
 
 
