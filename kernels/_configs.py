@@ -87,7 +87,7 @@ _INTERPRETED = Row(forward=Tile(32, 16), dkdv=Tile(16, 32), dq=Tile(32, 16), dbi
 _DOUBLE = Row(*(Tile(32, 32, 8, 1, "ieee") for _ in range(4)))
 
 TABLE: dict[tuple[int, str, int], Row] = {
-    (80, "half", 64): Row(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
+    (80, "half", 64): Row(Tile(128, 64, 8, 3), Tile(32, 64, 8, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     (80, "half", 128): Row(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     (80, "half", 256): Row(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1), Tile(32, 16, 8, 1)),
     (80, "half", WIDE): Row(Tile(64, 64, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 1), Tile(32, 64, 8, 1)),
@@ -95,10 +95,10 @@ TABLE: dict[tuple[int, str, int], Row] = {
     (80, "float32", 128): Row(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     (80, "float32", WIDE): Row(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     (90, "half", 64): Row(Tile(128, 128, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
-    (90, "half", 128): Row(Tile(128, 128, 8, 2), Tile(32, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
+    (90, "half", 128): Row(Tile(128, 128, 8, 2), Tile(32, 64, 8, 1), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),
     (90, "half", 256): Row(Tile(64, 64, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(64, 32, 8, 1)),
     (90, "half", WIDE): Row(Tile(64, 64, 4, 2), Tile(32, 64, 4, 1), Tile(64, 64, 4, 1), Tile(64, 32, 4, 1)),
-    (90, "float32", 64): Row(Tile(64, 64, 4, 2), Tile(32, 32, 8, 1), Tile(64, 32, 4, 1), Tile(32, 16, 8, 1)),
+    (90, "float32", 64): Row(Tile(64, 64, 4, 2), Tile(32, 16, 8, 1), Tile(64, 32, 4, 1), Tile(32, 16, 8, 1)),
     (90, "float32", 128): Row(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     (90, "float32", WIDE): Row(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
     (100, "half", 64): Row(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 32, 4, 2)),

@@ -44,9 +44,7 @@ FEATURE_ARCHITECTURES = [80, 90, 100] if FULL else [90]
 # Stack of kernels that spill registers: what they need today, to be lowered, never raised. All others need none.
 # (In float64 it is not spills but the stack of a division that is called.)
 SPILLED_BYTES = {
-    (80, "half", 64, "attention_bwd_dkdv_kernel"): 8,
-    (90, "half", 128, "attention_bwd_dkdv_kernel"): 8,
-    (90, "float32", 64, "attention_bwd_dkdv_kernel"): 40,
+    (90, "float32", 64, "attention_bwd_dkdv_kernel"): 8,
     (100, "half", 256, "attention_bwd_dkdv_kernel"): 200,
     **{(arch, "float64", WIDE, "attention_fwd_kernel"): 32 for arch in (80, 90, 100)},
 }
