@@ -64,12 +64,14 @@ def check_attention(
             raise DtypeError(
                 f"{name}: expected query's dtype {query.dtype}, got {operand.dtype}; {name}.to(query.dtype) converts"
             )
-    if bias is not None and bias.dtype not in (query.dtype, accumulation_dtype(query.dtype)):
-        scores_dtype = accumulation_dtype(query.dtype)
-        allowed = f"query's dtype {query.dtype} or the scores' {scores_dtype}" + (
-            " or torch.bool" if mask_argument else ""
-        )
-        raise DtypeError(f"{bias_name}: expected {allowed}, got {bias.dtype}")
+    scores_dtype = accumulation_dtype(query.dtype)
+    if bias is not None and bias.dtype not in (query.dtype, scores_dtype):
+        expected = f"query's dtype {query.dtype}"
+        if scores_dtype != query.dtype:
+            expected += f" or the scores' {scores_dtype}"
+        if mask_argument:
+            expected += " or torch.bool"
+        raise DtypeError(f"{bias_name}: expected {expected}, got {bias.dtype}")
     for name, other in (("key", key), ("value", value), (bias_name, bias), (mask_name, mask)):
         if other is not None and other.device != query.device:
             raise DeviceError(f"{name}: expected query's device {query.device}, got {other.device}")
@@ -118,9 +120,10 @@ def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int]) -> None:
         )
     for size, expected, axis in zip(reversed(tensor.shape), reversed(scores), reversed(axes), strict=False):
         if size != 1 and size != expected:
+            allowed = "1" if expected == 1 else f"1 or {expected}"
             raise ShapeError(
-                f"{name}: axis {axis} must be 1 or {expected}, got {size} (shape {shape_text(tensor)}, to broadcast "
-                f"to {tuple(scores)})"
+                f"{name}: axis {axis} must be {allowed}, got {size} (shape {shape_text(tensor)}, to broadcast to "
+                f"{tuple(scores)})"
             )
 
 
@@ -132,7 +135,10 @@ def check_numbers(scale: float, dropout_p: float) -> None:
 
 
 def check_seed(seed: Tensor | None, query: Tensor, dropout_p: float) -> None:
-    """The seed of the dispatcher op: there whenever dropout is, one int64 on the query's device."""
+    """The seed, if there is one, is one int64 on the query's device; and there is one whenever there is dropout.
+
+    Without dropout a seed is allowed and has no effect, as `dropout_seed` in the public functions.
+    """
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-d int64 tensor, got None")
     if seed is not None:
