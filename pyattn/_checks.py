@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 
 
 class ShapeError(TypeError, ValueError, RuntimeError):
@@ -39,6 +40,31 @@ def shape_text(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}"
 
 
+def dtype_hint(argument: str, dtype: torch.dtype) -> str:
+    """The way out for an argument of the wrong dtype, to end a message with; empty where none is known."""
+    if argument == "bias" and dtype == torch.bool:
+        return "; a bool tensor, True = attend, goes into mask="
+    if argument == "mask" and dtype in DTYPES:
+        return "; terms to add to the scores go into bias=, a 0/1 mask becomes bool with (mask != 0)"
+    if dtype in _QUANTIZED:
+        return f"; {argument}.dequantize() converts"
+    if argument in ("bias", "attn_mask") and dtype in DTYPES:
+        return f"; {argument}.to(query.dtype) converts"
+    if argument in ("mask", "attn_mask"):
+        return f"; a 0/1 mask becomes bool with ({argument} != 0)"
+    return ""
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name}: expected a dense tensor, got a nested one; torch.nested.to_padded_tensor makes it dense, and a "
+            "mask hides the padding"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; {name}.to_dense() converts")
+
+
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -51,6 +77,9 @@ def check_attention(
     the dispatcher op can be called without the typed front. `mask_argument` is the name of the argument that bias or
     mask came in, if it is neither."""
     bias_name, mask_name = mask_argument or "bias", mask_argument or "mask"
+    for name, tensor in (("query", query), ("key", key), ("value", value), (bias_name, bias), (mask_name, mask)):
+        if tensor is not None:
+            check_dense(name, tensor)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 3:
             raise ShapeError(
@@ -71,7 +100,8 @@ def check_attention(
             expected += f" or the scores' {scores_dtype}"
         if mask_argument:
             expected += " or torch.bool"
-        raise DtypeError(f"{bias_name}: expected {expected}, got {bias.dtype}")
+        hint = dtype_hint(bias_name, bias.dtype)
+        raise DtypeError(f"{bias_name}: expected {expected}, got {bias.dtype}{hint}")
     for name, other in (("key", key), ("value", value), (bias_name, bias), (mask_name, mask)):
         if other is not None and other.device != query.device:
             raise DeviceError(f"{name}: expected query's device {query.device}, got {other.device}")
@@ -103,10 +133,7 @@ def check_attention(
         check_broadcasts(bias_name, bias, scores)
     if mask is not None:
         if mask.dtype != torch.bool:
-            raise DtypeError(
-                f"mask: expected torch.bool with True = attend, got {mask.dtype}. Additive terms go into bias=; "
-                "a 0/1 mask becomes a mask with (mask != 0)."
-            )
+            raise DtypeError(f"mask: expected bool, got {mask.dtype}{dtype_hint('mask', mask.dtype)}")
         check_broadcasts(mask_name, mask, scores)
 
 
@@ -142,6 +169,7 @@ def check_seed(seed: Tensor | None, query: Tensor, dropout_p: float) -> None:
     if dropout_p > 0.0 and seed is None:
         raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-d int64 tensor, got None")
     if seed is not None:
+        check_dense("dropout_seed", seed)
         if seed.dtype != torch.int64:
             raise DtypeError(f"dropout_seed: expected a 0-d int64 tensor, got {seed.dtype}")
         if seed.dim() != 0:

@@ -96,7 +96,7 @@ WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
     "bias's dtype, half query": (
         {name: GOOD[name].half() for name in ("q", "k", "v")} | {"bias": ones(5, 7).double()},
         DtypeError,
-        "^bias: expected query's dtype torch.float16 or the scores' torch.float32, got torch.float64",
+        r"^bias: expected query's dtype torch.float16 or the scores' torch.float32, got torch.float64; bias.to\(query",
     ),
     "key's device": ({"k": GOOD["k"].to("meta")}, DeviceError, "^key: expected query's device cpu, got meta"),
     "value's device": ({"v": GOOD["v"].to("meta")}, DeviceError, "^value: expected query's device cpu, got meta"),
@@ -117,7 +117,35 @@ WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
         ShapeError,
         "^query: .*multiple of key's.*got q_heads=6 and kv_heads=0",
     ),
-    "mask's dtype": ({"mask": ones(5, 7)}, DtypeError, "^mask: expected .*bool.*got torch.float32"),
+    "bool bias": ({"bias": ones(5, 7) > 0}, DtypeError, "^bias: expected .*, got torch.bool; .* goes into mask=$"),
+    "float mask": (
+        {"mask": ones(5, 7)},
+        DtypeError,
+        r"^mask: expected bool, got torch.float32; .* go into bias=, .* with \(mask != 0\)$",
+    ),
+    "integer mask": (
+        {"mask": ones(5, 7, dtype=torch.uint8)},
+        DtypeError,
+        r"^mask: expected bool, got torch.uint8; .* with \(mask != 0\)$",
+    ),
+    "sparse query": (
+        {"q": GOOD["q"].to_sparse()},
+        TypeError,
+        r"^query: expected a dense tensor, got layout torch.sparse_coo; query.to_dense\(\) converts",
+    ),
+    "sparse key": ({"k": GOOD["k"].to_sparse()}, TypeError, "^key: expected a dense tensor, got layout torch.sp"),
+    "sparse value": ({"v": GOOD["v"].to_sparse()}, TypeError, "^value: expected a dense tensor, got layout torch.s"),
+    "sparse mask": (
+        {"mask": (ones(5, 7) > 0).to_sparse()},
+        TypeError,
+        "^mask: expected a dense tensor, got layout torch.sparse_coo",
+    ),
+    "sparse bias": ({"bias": ones(5, 7).to_sparse()}, TypeError, "^bias: expected a dense tensor, got layout torch.sp"),
+    "sparse seed": (
+        {"dropout_p": 0.5, "seed": torch.tensor(1).to_sparse()},
+        TypeError,
+        "^dropout_seed: expected a dense tensor, got layout torch.sparse_coo",
+    ),
     "mask's kv_len": ({"mask": ones(5, 2) > 0}, ShapeError, "^mask: axis kv_len must be 1 or 7, got 2"),
     "mask's q_len": ({"mask": ones(7, 7) > 0}, ShapeError, "^mask: axis q_len must be 1 or 5, got 7"),
     "mask's heads": ({"mask": ones(3, 1, 7) > 0}, ShapeError, "^mask: axis q_heads must be 1 or 6, got 3"),
@@ -162,6 +190,33 @@ WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
 def test_wrong_operand(case: str, way: str) -> None:
     change, error, message = WRONG[case]
     expect(way, change, error, message)
+
+
+NOT_DENSE: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
+    "csr": (Tensor.to_sparse_csr, TypeError, r"a dense tensor, got layout torch.sparse_csr; {0}.to_dense\(\) converts"),
+    "mkldnn": (Tensor.to_mkldnn, TypeError, r"a dense tensor, got layout torch._mkldnn; {0}.to_dense\(\) converts"),
+    "nested": (lambda x: torch.nested.nested_tensor([*x]), TypeError, "a dense tensor, got a nested one; .*to_padded"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged),
+        TypeError,
+        "a dense tensor, got a nested one; .*to_padded_tensor",
+    ),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        DtypeError,
+        r".*got torch.qint8; {0}.dequantize\(\) converts",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, that these kinds of tensors are prototypes, in beta or deprecated
+@pytest.mark.parametrize("argument", ["query", "key", "value", "bias"])
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense(kind: str, argument: str) -> None:
+    convert, error, message = NOT_DENSE[kind]
+    call = {"query": ones(2, 6, 5, 4), "key": ones(2, 6, 7, 4), "value": ones(2, 6, 7, 8), "bias": ones(6, 5, 7)}
+    with pytest.raises(error, match=f"^{argument}: expected {message.format(argument)}"):
+        pyattn.attention(**call | {argument: convert(call[argument])})
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "op" in way])

@@ -392,7 +392,11 @@ def test_exports_with_dynamic_shapes(strict: bool) -> None:
             id="dtype",
         ),
         pytest.param(
-            {"mask": torch.zeros(4, 5)}, DtypeError, "mask: expected bool, got torch.float32", id="dtype in a union"
+            {"mask": torch.zeros(4, 5)},
+            DtypeError,
+            "mask: expected bool, got torch.float32; terms to add to the scores go into bias=, a 0/1 mask becomes bool "
+            "with (mask != 0)",
+            id="dtype in a union",
         ),
     ],
 )
