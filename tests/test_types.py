@@ -268,6 +268,21 @@ def test_arguments_arrive_however_they_are_passed() -> None:
             call()
 
 
+def test_numpy_numbers_become_those_of_python() -> None:
+    """As torch.nn.functional.scaled_dot_product_attention takes them; its bools it does not take either."""
+
+    def function(x: float | int | None, n: int, other: object = None) -> tuple[object, ...]:
+        return x, n, other
+
+    received = typed(function)(np.float32(0.5), np.int64(3), np.float32(0.5))
+    assert received == (0.5, 3, 0.5)
+    assert [type(x) for x in received] == [float, int, np.float32]
+    assert type(typed(function)(np.uint8(2), 3)[0]) is int
+    for args in ((np.float32(0.5), np.float32(3.0)), (np.bool_(True), 3), (np.ones(1), 3), (None, "3")):
+        with pytest.raises(TypeCheckError):
+            typed(function)(*args)  # type: ignore[arg-type]
+
+
 def test_looks_like_the_function() -> None:
     assert inspect.signature(attend_typed) == inspect.signature(attend)
     for attribute in ("__name__", "__qualname__", "__module__", "__doc__", "__annotations__", "__kwdefaults__"):
