@@ -115,13 +115,15 @@ def _vmap(fn: type[torch.autograd.Function], size: int, in_dims: InDims, args: t
     would give. So there it is a loop.
     """
     *tensors, config = args
+    if size == 0:  # nothing to loop over, and nothing to drop
+        config = config._replace(dropout_p=0.0)
     if config.dropout_p > 0.0:
         results = [
             fn.apply(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)), config)
             for i in range(size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    *tensors, seed = tensors  # None: there is no dropout
+    *tensors, _ = tensors  # without dropout, no seed
     query = 0 if fn is Transformable else 4
     rank = tensors[query].dim() - (in_dims[query] is not None)
     leading = [
@@ -129,7 +131,7 @@ def _vmap(fn: type[torch.autograd.Function], size: int, in_dims: InDims, args: t
         _lead(tensor, dim, size, rank if index > query + 2 else 0)
         for index, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=False))
     ]
-    return fn.apply(*leading, seed, config)
+    return fn.apply(*leading, None, config)
 
 
 def _lead(tensor: Tensor | None, dim: int | None, size: int, rank: int) -> Tensor | None:

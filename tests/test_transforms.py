@@ -95,6 +95,27 @@ def test_vmap_with_dropout_is_the_loop(qkv: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(torch.func.vmap(one)(queries), torch.stack([one(q) for q in queries]), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_vmap_over_nothing(dropout_p: float, qkv: tuple[Tensor, ...], bias: Tensor) -> None:
+    """Results and gradients are empty, of the shapes that one more example would have; seeds may be mapped as well."""
+    q, k, v = qkv
+    seeds = torch.empty(0, dtype=torch.int64)
+
+    def one(q: Tensor, seed: Tensor) -> Tensor:
+        return pyattn.attention(q, k, v, bias=bias, dropout_p=dropout_p, dropout_seed=seed)
+
+    queries = q.new_empty(0, *q.shape)
+    assert torch.func.vmap(one)(queries, seeds).shape == (0, 2, 4, 5, 2)
+    grads = torch.func.vmap(torch.func.grad(loss(one)))(queries, seeds)
+    assert grads.shape == (0, *q.shape)
+    leaf = queries.clone().requires_grad_()
+    shared = bias.clone().requires_grad_()
+    bias = shared
+    torch.func.vmap(one)(leaf, seeds).sum().backward()
+    assert leaf.grad.shape == leaf.shape
+    torch.testing.assert_close(shared.grad, torch.zeros_like(shared))
+
+
 def test_vmap_without_a_seed_wants_randomness(qkv: tuple[Tensor, ...]) -> None:
     with pytest.raises(RuntimeError, match="randomness"):
         torch.func.vmap(lambda q, k, v: pyattn.attention(q, k, v, dropout_p=0.5))(*qkv)
@@ -169,18 +190,29 @@ def test_checkpoint_repeats_the_dropout(qkv: tuple[Tensor, ...]) -> None:
     torch.testing.assert_close(flat(again), flat(plain), rtol=0, atol=0)
 
 
-def test_a_lazily_negated_gradient_or_input(qkv: tuple[Tensor, ...]) -> None:
-    """The derivative of torch.complex is imag of a conjugate: negated without a copy, which DLPack does not show."""
-    q, k, v = qkv
-    leaf = q.clone().requires_grad_()
-    out = ours(leaf, k, v)
-    do = torch.complex(torch.zeros_like(out), torch.randn_like(out)).detach().conj().imag
-    assert do.is_neg()
-    lazy, plain = (torch.autograd.grad(out, leaf, g, retain_graph=True)[0] for g in (do, do.clone().resolve_neg()))
-    torch.testing.assert_close(lazy, plain)
-    negated = torch.complex(torch.zeros_like(q), q).conj().imag
-    assert negated.is_neg()
-    torch.testing.assert_close(ours(negated, k, v), theirs(-q, k, v))
+# Tensors that DLPack does not show as they are, and that autograd itself makes: the gradient of what has none, and the
+# derivative of torch.complex, which is imag of a conjugate.
+LAZY = {
+    "zeros without memory": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "negated without a copy": lambda x: torch.complex(torch.zeros_like(x), x.detach()).conj().imag,
+}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+@pytest.mark.parametrize("name", ["do", "dlse", "q", "k", "v", "bias"])
+def test_a_lazy_gradient_or_operand(kind: str, name: str, qkv: tuple[Tensor, ...], bias: Tensor) -> None:
+    leaves = {n: x.clone().requires_grad_() for n, x in zip(("q", "k", "v", "bias"), (*qkv, bias), strict=True)}
+    do, dlse = torch.randn(2, 4, 5, 2, dtype=torch.float64), torch.randn(2, 4, 5, dtype=torch.float64)
+    wanted = [x for n, x in leaves.items() if n != name]
+
+    def results(change) -> Tensor:
+        x = {n: change(x) if n == name else x for n, x in (leaves | {"do": do, "dlse": dlse}).items()}
+        outputs = pyattn.attention_with_lse(x["q"], x["k"], x["v"], bias=x["bias"])
+        return flat((*outputs, *torch.autograd.grad(outputs, wanted, [x["do"], x["dlse"]])))
+
+    lazy = LAZY[kind]
+    assert lazy(q := qkv[0]).is_neg() or lazy(q)._is_zerotensor()
+    torch.testing.assert_close(results(lazy), results(lambda x: torch.zeros_like(x) + lazy(x)), rtol=0, atol=0)
 
 
 def test_transforms_of_the_backward_alone(qkv: tuple[Tensor, ...]) -> None:
