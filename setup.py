@@ -20,7 +20,7 @@ from setuptools.errors import CCompilerError, CompileError, PlatformError
 
 CSRC = Path("csrc")
 KERNELS = [CSRC / "attention_kernel.cpp"]
-SOURCES = ["bindings.cpp", "signature.cpp", "dispatch.cpp", "cpu_features.cpp"]
+SOURCES = ["bindings.cpp", "operands.cpp", "signature.cpp", "dispatch.cpp", "cpu_features.cpp"]
 HEADERS = sorted(str(p) for p in CSRC.glob("*.h"))
 
 # Variant -> the compiler flags that allow its instructions, in no order of preference (dispatch.cpp has that).

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "operands.h"
 #include "signature.h"
 #include "tensor_view.h"
 
@@ -111,16 +112,39 @@ void bind_rows(py::handle object, const char* name, const AttentionProblem& p, T
   set_tensor(view, name, Shape(p, p.Hq, p.L, 1), false, to);
 }
 
+// IndexError if there is none; the tuple keeps it.
+py::handle item(const py::tuple& tuple, int i) { return tuple[i].ptr(); }
+
+// The op's arguments in the order of its schema: the tuples Operands and AttentionConfig of pyattn/_problem.py. The
+// kernels compute what is named here; the others (sinks, windows, lengths, segments, softcap) have been refused.
+struct Operands {
+  py::handle q, k, v, bias, mask, seed;
+
+  explicit Operands(const py::tuple& t)
+      : q(item(t, 0)), k(item(t, 1)), v(item(t, 2)), bias(item(t, 3)), mask(item(t, 5)), seed(item(t, 10)) {}
+};
+struct Config {
+  double scale, dropout_p;
+  bool lower_right, causal;
+  int64_t prefix;
+
+  explicit Config(const py::tuple& t)
+      : scale(t[0].cast<double>()),
+        dropout_p(t[2].cast<double>()),
+        lower_right(t[3].cast<int>() == 2),  // LOWER_RIGHT of pyattn/masks.py
+        causal(!t[5].is_none()),
+        prefix(t[6].cast<int64_t>()) {}
+};
+
 // Keeps what was read until the kernel has returned.
 struct ProblemViews {
   TensorView q, k, v, bias, mask, seed;
 };
 
 // Fills all of the problem that forward and backward share.
-void bind_problem(py::handle q, py::handle k, py::handle v, py::handle bias, py::handle mask, py::handle seed,
-                  double scale, double dropout_p, bool causal, int64_t diagonal, int64_t prefix, int threads,
-                  ProblemViews& views, AttentionProblem& p) {
-  read(q, "q", views.q);
+void bind_problem(const Operands& operands, const Config& config, int threads, ProblemViews& views,
+                  AttentionProblem& p) {
+  read(operands.q, "q", views.q);
   if (views.q.ndim < 3) {
     throw py::value_error("q has shape " + to_string(views.q.shape, views.q.ndim) +
                           ", expected [*batch, q_heads, q_len, head_dim]");
@@ -133,7 +157,7 @@ void bind_problem(py::handle q, py::handle k, py::handle v, py::handle bias, py:
   p.D = views.q.shape[p.batch_rank + 2];
   set_tensor(views.q, "q", Shape(p, p.Hq, p.L, p.D), false, p.q);
 
-  read(v, "v", views.v);
+  read(operands.v, "v", views.v);
   if (views.v.ndim != views.q.ndim) throw py::value_error("v must have as many dimensions as q");
   p.Hkv = views.v.shape[p.batch_rank];
   p.S = views.v.shape[p.batch_rank + 1];
@@ -145,40 +169,39 @@ void bind_problem(py::handle q, py::handle k, py::handle v, py::handle bias, py:
     throw py::value_error("q has " + std::to_string(p.Hq) + " heads, not a multiple of the " + std::to_string(p.Hkv) +
                           " of k and v");
   }
-  bind_float(k, "k", p.q.dtype, Shape(p, p.Hkv, p.S, p.D), views.k, p.k);
-  if (!bias.is_none()) {
-    bind_float(bias, "bias", p.q.dtype, accumulation_dtype(p.q.dtype), Shape(p, p.Hq, p.L, p.S), true, views.bias,
-               p.bias);
+  bind_float(operands.k, "k", p.q.dtype, Shape(p, p.Hkv, p.S, p.D), views.k, p.k);
+  if (!operands.bias.is_none()) {
+    bind_float(operands.bias, "bias", p.q.dtype, accumulation_dtype(p.q.dtype), Shape(p, p.Hq, p.L, p.S), true,
+               views.bias, p.bias);
   }
-  if (!mask.is_none()) {
-    read(mask, "mask", views.mask);
+  if (!operands.mask.is_none()) {
+    read(operands.mask, "mask", views.mask);
     if (!views.mask.has_dtype(dlpack::kDLBool, 8)) throw py::type_error("mask must be a bool tensor");
     set_tensor(views.mask, "mask", Shape(p, p.Hq, p.L, p.S), true, p.mask);
   }
-  if (!(dropout_p >= 0 && dropout_p <= 1)) throw py::value_error("dropout_p must be between 0 and 1");
-  if (dropout_p > 0) {
-    if (seed.is_none()) throw py::value_error("dropout needs a seed");
-    read(seed, "seed", views.seed);
+  if (!(config.dropout_p >= 0 && config.dropout_p <= 1)) throw py::value_error("dropout_p must be between 0 and 1");
+  if (config.dropout_p > 0) {
+    if (operands.seed.is_none()) throw py::value_error("dropout needs a seed");
+    read(operands.seed, "seed", views.seed);
     if (views.seed.ndim != 0 || !views.seed.has_dtype(dlpack::kDLInt, 64)) {
       throw py::type_error("seed must be an int64 tensor without dimensions");
     }
     p.seed = static_cast<uint64_t>(*views.seed.data_as<int64_t>());
   }
-  p.scale = scale;
-  p.dropout_p = dropout_p;
-  p.causal = causal;
-  p.diagonal = diagonal;
-  p.prefix = prefix;
+  p.scale = config.scale;
+  p.dropout_p = config.dropout_p;
+  p.causal = config.causal;
+  p.diagonal = config.lower_right ? p.S - p.L : 0;
+  p.prefix = config.prefix;
   p.threads = threads > 1 ? threads : 1;
 }
 
-void attention_forward(py::handle q, py::handle k, py::handle v, py::handle bias, py::handle mask, py::handle seed,
-                       py::handle out, py::handle lse, double scale, double dropout_p, bool causal, int64_t diagonal,
-                       int64_t prefix, int threads) {
+void attention_forward(const py::tuple& operands, const py::tuple& config, py::handle out, py::handle lse,
+                       int threads) {
   AttentionForward p;
   ProblemViews views;
   TensorView out_view, lse_view;
-  bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
+  bind_problem(Operands(operands), Config(config), threads, views, p);
   bind_float(out, "out", p.q.dtype, Shape(p, p.Hq, p.L, p.Dv), out_view, p.out);
   if (!lse.is_none()) bind_rows(lse, "lse", p, lse_view, p.lse);
   const AttentionKernels& kernels = attention_kernels();
@@ -186,24 +209,24 @@ void attention_forward(py::handle q, py::handle k, py::handle v, py::handle bias
   kernels.forward(p);
 }
 
-void attention_backward(py::handle dout, py::handle dlse, py::handle q, py::handle k, py::handle v, py::handle out,
-                        py::handle lse, py::handle bias, py::handle mask, py::handle seed, py::handle dq, py::handle dk,
-                        py::handle dv, py::handle dbias, double scale, double dropout_p, bool causal, int64_t diagonal,
-                        int64_t prefix, int threads) {
+void attention_backward(py::handle dout, py::handle dlse, py::handle out, py::handle lse, const py::tuple& operands,
+                        const py::tuple& config, const py::tuple& gradients, int threads) {
   AttentionBackward p;
   ProblemViews views;
   TensorView dout_view, dlse_view, out_view, lse_view, dq_view, dk_view, dv_view, dbias_view;
-  bind_problem(q, k, v, bias, mask, seed, scale, dropout_p, causal, diagonal, prefix, threads, views, p);
+  bind_problem(Operands(operands), Config(config), threads, views, p);
   const Dtype dtype = p.q.dtype;
   bind_float(dout, "do", dtype, Shape(p, p.Hq, p.L, p.Dv), dout_view, p.dout);
   if (!dlse.is_none()) bind_rows(dlse, "dlse", p, dlse_view, p.dlse);
   bind_float(out, "out", dtype, Shape(p, p.Hq, p.L, p.Dv), out_view, p.out);
   bind_rows(lse, "lse", p, lse_view, p.lse);
+  const py::handle dq = item(gradients, 0), dk = item(gradients, 1), dv = item(gradients, 2),
+                   dbias = item(gradients, 3);
   bind_float(dq, "dq", dtype, Shape(p, p.Hq, p.L, p.D), dq_view, p.dq);
   bind_float(dk, "dk", dtype, Shape(p, p.Hkv, p.S, p.D), dk_view, p.dk);
   bind_float(dv, "dv", dtype, Shape(p, p.Hkv, p.S, p.Dv), dv_view, p.dv);
   if (!dbias.is_none()) {
-    if (bias.is_none()) throw py::value_error("dbias is given without bias");
+    if (p.bias.data == nullptr) throw py::value_error("dbias is given without bias");
     bind_float(dbias, "dbias", p.bias.dtype, p.bias.dtype, Shape(p, p.Hq, p.L, p.S), true, dbias_view, p.dbias);
     bool same = dbias_view.ndim == views.bias.ndim;
     for (int d = 0; same && d < views.bias.ndim; ++d) same = dbias_view.shape[d] == views.bias.shape[d];
@@ -220,17 +243,14 @@ void attention_backward(py::handle dout, py::handle dlse, py::handle q, py::hand
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "pyattn's C++ core";
-  if (!pyattn::add_signature(m.ptr())) throw py::error_already_set();
+  if (!pyattn::add_signature(m.ptr()) || !pyattn::add_operands(m.ptr())) throw py::error_already_set();
 
-  m.def("attention_forward", &pyattn::attention_forward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("bias"),
-        py::arg("mask"), py::arg("seed"), py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("dropout_p"),
-        py::arg("causal"), py::arg("diagonal"), py::arg("prefix"), py::arg("threads"),
+  m.def("attention_forward", &pyattn::attention_forward, py::arg("operands"), py::arg("config"), py::arg("out"),
+        py::arg("lse"), py::arg("threads"),
         "Fills out and, unless it is None, lse; see pyattn.reference.attention_forward for what they are.");
-  m.def("attention_backward", &pyattn::attention_backward, py::arg("do"), py::arg("dlse"), py::arg("q"), py::arg("k"),
-        py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("bias"), py::arg("mask"), py::arg("seed"), py::arg("dq"),
-        py::arg("dk"), py::arg("dv"), py::arg("dbias"), py::arg("scale"), py::arg("dropout_p"), py::arg("causal"),
-        py::arg("diagonal"), py::arg("prefix"), py::arg("threads"),
-        "Fills dq, dk, dv and dbias; see pyattn.reference.attention_backward for what they are.");
+  m.def("attention_backward", &pyattn::attention_backward, py::arg("do"), py::arg("dlse"), py::arg("out"),
+        py::arg("lse"), py::arg("operands"), py::arg("config"), py::arg("gradients"), py::arg("threads"),
+        "Fills gradients, which are (dq, dk, dv, dbias or None); see pyattn.reference.attention_backward.");
   m.def(
       "isa", [] { return std::string(pyattn::attention_kernels().isa); },
       "The kernel variant in use: the best available, or the one that PYATTN_ISA names.");

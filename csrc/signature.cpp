@@ -14,6 +14,7 @@
 #include <new>
 #include <vector>
 
+#include "operands.h"
 #include "tensor_view.h"
 
 namespace pyattn {
@@ -23,12 +24,6 @@ namespace {
 constexpr int kMaxNames = 32;
 constexpr int kMaxRuns = 4;
 constexpr int kMaxRunDims = 8;
-
-// The types that no subclass can stand in for: a subclass may redefine `shape`. Set once, at import.
-PyTypeObject* tensor_type = nullptr;
-PyTypeObject* parameter_type = nullptr;
-
-bool is_exact_tensor(PyObject* object) { return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type; }
 
 // ---- What annotations are compiled to ----
 
@@ -145,7 +140,7 @@ bool fits_shape(const TensorPattern& pattern, const dlpack::DLTensor& tensor, Bi
 }
 
 bool fits_tensor(const Parameter& parameter, PyObject* object, Bindings& bindings) {
-  const dlpack::DLExchangeAPI* api = exchange_api(tensor_type);
+  const dlpack::DLExchangeAPI* api = exchange_api(Py_TYPE(object));
   dlpack::DLTensor tensor;
   if (api == nullptr || api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
     PyErr_Clear();  // a meta or sparse tensor, or a level of torch.func: jaxtyping asks the tensor for its shape
@@ -284,149 +279,14 @@ PyObject* compile_signature(PyObject*, PyObject* source) {
   }
 }
 
-// ---- Plain tensors ----
-
-PyObject* requires_grad_name = nullptr;  // interned, set at import
-PyObject* is_neg_name = nullptr;
-
-enum Plain : long { kNotPlain = 0, kPlain = 1, kPlainWithGrad = 2, kPlainError = -1 };
-
-// Whether the memory of `object` tells all there is, and if so, where it is: exactly a Tensor or Parameter, with memory
-// of its own (not a level of torch.func or of batched gradients, meta, sparse, or zeros that take no memory), and not
-// negated lazily (x.imag of a conjugate), which DLPack does not show.
-Plain read_plain(PyObject* object, dlpack::DLTensor& tensor) {
-  if (!is_exact_tensor(object)) return kNotPlain;
-  PyObject* is_neg = PyObject_CallMethodNoArgs(object, is_neg_name);
-  if (is_neg == nullptr) return kPlainError;
-  Py_DECREF(is_neg);
-  if (is_neg == Py_True) return kNotPlain;
-  const dlpack::DLExchangeAPI* api = exchange_api(tensor_type);
-  if (api == nullptr || api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
-    PyErr_Clear();
-    return kNotPlain;
-  }
-  bool empty = false;
-  for (int i = 0; i < tensor.ndim; ++i) empty |= tensor.shape[i] == 0;
-  if (tensor.data == nullptr && !empty) return kNotPlain;
-  PyObject* requires_grad = PyObject_GetAttr(object, requires_grad_name);
-  if (requires_grad == nullptr) return kPlainError;
-  Py_DECREF(requires_grad);
-  return requires_grad == Py_True ? kPlainWithGrad : kPlain;
-}
-
-PyObject* plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
-  Plain answer = kPlain;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    if (tensors[i] == Py_None) continue;
-    dlpack::DLTensor tensor;
-    const Plain one = read_plain(tensors[i], tensor);
-    if (one == kPlainError) return nullptr;
-    if (one == kNotPlain) return PyLong_FromLong(kNotPlain);
-    if (one == kPlainWithGrad) answer = one;
-  }
-  return PyLong_FromLong(answer);
-}
-
-// ---- The operands of attention ----
-
-// Whether `tensor` broadcasts from the right to [*batch, q_heads, q_len, kv_len].
-bool broadcasts_to_scores(const dlpack::DLTensor& tensor, const dlpack::DLTensor& q, const dlpack::DLTensor& k) {
-  if (tensor.ndim > q.ndim) return false;
-  for (int i = 1; i <= tensor.ndim; ++i) {  // from the right
-    const int64_t size = tensor.shape[tensor.ndim - i];
-    if (size != 1 && size != (i == 1 ? k.shape[k.ndim - 2] : q.shape[q.ndim - i])) return false;
-  }
-  return true;
-}
-
-bool same_dtype(const dlpack::DLTensor& a, const dlpack::DLTensor& b) {
-  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits;
-}
-
-bool is_half(const dlpack::DLDataType& dtype) {
-  return (dtype.code == dlpack::kDLFloat || dtype.code == dlpack::kDLBfloat) && dtype.bits == 16;
-}
-
-bool is_attention_dtype(const dlpack::DLDataType& dtype) {
-  return is_half(dtype) || (dtype.code == dlpack::kDLFloat && (dtype.bits == 32 || dtype.bits == 64));
-}
-
-// What pyattn/_checks.py:check_attention demands, which writes the message if the answer is no.
-bool attention_fits(const dlpack::DLTensor& q, const dlpack::DLTensor& k, const dlpack::DLTensor& v,
-                    const dlpack::DLTensor* bias, const dlpack::DLTensor* mask) {
-  const int n = q.ndim;
-  if (n < 3 || k.ndim != n || v.ndim != n || !is_attention_dtype(q.dtype)) return false;
-  if (!same_dtype(q, k) || !same_dtype(q, v)) return false;
-  for (int i = 0; i < n - 3; ++i) {
-    if (k.shape[i] != q.shape[i] || v.shape[i] != q.shape[i]) return false;
-  }
-  const int64_t q_heads = q.shape[n - 3], kv_heads = k.shape[n - 3];
-  if (v.shape[n - 3] != kv_heads || v.shape[n - 2] != k.shape[n - 2] || k.shape[n - 1] != q.shape[n - 1]) return false;
-  if (kv_heads == 0 ? q_heads != 0 : q_heads % kv_heads != 0) return false;
-  if (bias != nullptr) {
-    const bool is_float32 = bias->dtype.code == dlpack::kDLFloat && bias->dtype.bits == 32;
-    if (!same_dtype(*bias, q) && !(is_half(q.dtype) && is_float32)) return false;
-    if (!broadcasts_to_scores(*bias, q, k)) return false;
-  }
-  return mask == nullptr || (mask->dtype.code == dlpack::kDLBool && broadcasts_to_scores(*mask, q, k));
-}
-
-PyObject* attention_operands(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
-  constexpr int kOperands = 5;
-  if (count != kOperands) {
-    PyErr_Format(PyExc_TypeError, "expected %d operands, got %zd", kOperands, count);
-    return nullptr;
-  }
-  Plain answer = kPlain;
-  dlpack::DLTensor operands[kOperands];
-  const dlpack::DLTensor* present[kOperands] = {};
-  for (int i = 0; i < kOperands; ++i) {
-    if (tensors[i] == Py_None) continue;
-    const Plain one = read_plain(tensors[i], operands[i]);
-    if (one == kPlainError) return nullptr;
-    const dlpack::DLDevice &device = operands[i].device, &of_q = operands[0].device;
-    if (one == kNotPlain || device.device_type != of_q.device_type || device.device_id != of_q.device_id) {
-      return PyLong_FromLong(kNotPlain);
-    }
-    if (one == kPlainWithGrad) answer = one;
-    present[i] = &operands[i];
-  }
-  const bool fits = attention_fits(operands[0], operands[1], operands[2], present[3], present[4]);
-  return PyLong_FromLong(fits ? answer : kNotPlain);
-}
-
 PyMethodDef methods[] = {
     {"compile_signature", compile_signature, METH_O,
      "compile_signature(parameters: tuple) -> accepts(*arguments) -> bool. See pyattn/_types.py."},
-    {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL,
-     "plain(*tensors) -> int: 0 if the data pointer of one does not tell all there is (subclasses, lazy negation), 2 "
-     "if "
-     "one requires grad, else 1."},
-    {"attention_operands", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_operands)),
-     METH_FASTCALL,
-     "attention_operands(q, k, v, bias, mask) -> int: as plain, and 0 as well if they do not fit each other."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyTypeObject* import_type(const char* module_name, const char* name) {
-  PyObject* module = PyImport_ImportModule(module_name);
-  if (module == nullptr) return nullptr;
-  PyObject* type = PyObject_GetAttrString(module, name);
-  Py_DECREF(module);
-  return reinterpret_cast<PyTypeObject*>(type);
-}
-
 }  // namespace
 
-bool add_signature(PyObject* module) {
-  tensor_type = import_type("torch", "Tensor");
-  if (tensor_type == nullptr) return false;
-  parameter_type = import_type("torch.nn", "Parameter");
-  if (parameter_type == nullptr) return false;
-  requires_grad_name = PyUnicode_InternFromString("requires_grad");
-  is_neg_name = PyUnicode_InternFromString("is_neg");
-  if (is_neg_name == nullptr) return false;
-  return requires_grad_name != nullptr && PyModule_AddFunctions(module, methods) == 0;
-}
+bool add_signature(PyObject* module) { return PyModule_AddFunctions(module, methods) == 0; }
 
 }  // namespace pyattn

@@ -57,9 +57,12 @@ struct DLExchangeAPIHeader {
 };
 struct DLExchangeAPI {
   DLExchangeAPIHeader header;
-  void* managed_tensor_allocator;
+  // Makes an uninitialised tensor like `prototype`; 0, or -1 after a call of set_error.
+  int (*managed_tensor_allocator)(DLTensor* prototype, DLManagedTensorVersioned** out, void* error_context,
+                                  void (*set_error)(void* error_context, const char* kind, const char* message));
   void* managed_tensor_from_py_object_no_sync;
-  void* managed_tensor_to_py_object_no_sync;
+  // Hands a tensor over to a new Python object; 0, or -1 with a Python error set.
+  int (*managed_tensor_to_py_object_no_sync)(DLManagedTensorVersioned* tensor, void** out_py_object);
   // Fills a DLTensor that borrows from the object; 0, or -1 with a Python error set. The entry may be NULL.
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
   void* current_work_stream;

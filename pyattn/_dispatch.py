@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from . import _C, reference
-from ._problem import AttentionConfig, Operands, empty_lse, empty_out, kernel_arguments
+from ._problem import AttentionConfig, Gradients, Operands, empty_gradients, empty_lse, empty_out, kernel_arguments
 
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 BackendName = Literal["cpu", "triton", "reference"]
 
 
@@ -85,12 +84,9 @@ class CpuBackend:
         return reasons
 
     def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        out = empty_out(q, v.shape[-1])
-        lse = empty_lse(q) if with_lse else None
-        _C.attention_forward(
-            q, k, v, bias, mask, seed, out, lse, *kernel_arguments(operands, config), torch.get_num_threads()
-        )
+        out = empty_out(operands.q, operands.v.shape[-1])
+        lse = _C.empty_rows(operands.q) if with_lse else None
+        _C.attention_forward(operands, config, out, lse, torch.get_num_threads())
         return out, lse
 
     def backward(
@@ -103,14 +99,9 @@ class CpuBackend:
         config: AttentionConfig,
         bias_grad: bool,
     ) -> Gradients:
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dbias = torch.empty_like(bias) if bias is not None and bias_grad else None
-        _C.attention_backward(
-            do, dlse, q, k, v, out, lse, bias, mask, seed, dq, dk, dv, dbias,
-            *kernel_arguments(operands, config), torch.get_num_threads(),
-        )  # fmt: skip
-        return dq, dk, dv, dbias
+        gradients = empty_gradients(operands, bias_grad)
+        _C.attention_backward(do, dlse, out, lse, operands, config, gradients, torch.get_num_threads())
+        return gradients
 
 
 class TritonBackend:
@@ -158,13 +149,11 @@ class TritonBackend:
         from .kernels import attention as kernels
 
         q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        dbias = torch.empty_like(bias) if bias is not None and bias_grad else None
+        gradients = empty_gradients(operands, bias_grad)
         kernels.attention_backward(
-            do, dlse, q, k, v, out, lse, bias, mask, seed, dq, dk, dv, dbias,
-            **kernel_arguments(operands, config)._asdict(),
-        )  # fmt: skip
-        return dq, dk, dv, dbias
+            do, dlse, q, k, v, out, lse, bias, mask, seed, *gradients, **kernel_arguments(operands, config)._asdict()
+        )
+        return gradients
 
 
 class ReferenceBackend:
@@ -204,8 +193,11 @@ class ReferenceBackend:
         dq, dk, dv, dbias = reference.attention_backward(
             do, dlse, q, k, v, bias, mask, seed, **kernel_arguments(operands, config)._asdict()
         )
-        gradients = [torch.empty_like(x).copy_(dx) for x, dx in ((q, dq), (k, dk), (v, dv))]
-        return gradients[0], gradients[1], gradients[2], dbias if bias_grad else None
+        gradients = empty_gradients(operands, bias_grad)
+        for gradient, computed in zip(gradients, (dq, dk, dv, dbias), strict=True):
+            if gradient is not None and computed is not None:
+                gradient.copy_(computed)
+        return gradients
 
 
 @functools.cache
@@ -219,6 +211,7 @@ def _triton_missing() -> str | None:
 
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())}
 _ON_REQUEST = "reference"
+_UNASKED = tuple(b for b in BACKENDS.values() if b.name != _ON_REQUEST)
 
 
 class _Request(NamedTuple):
@@ -228,7 +221,8 @@ class _Request(NamedTuple):
     explain: bool = False
 
 
-_request: ContextVar[_Request] = ContextVar("pyattn_request", default=_Request())  # noqa: B039 - immutable
+_NO_REQUEST = _Request()
+_request: ContextVar[_Request] = ContextVar("pyattn_request", default=_NO_REQUEST)
 
 
 class use_backend:
@@ -321,18 +315,17 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
 def choose(operands: Operands, config: AttentionConfig) -> Backend:
     """The first backend that takes the problem; NotImplementedError with every backend's reasons if none does."""
     request = _request.get()
-    chosen = None
-    for backend in BACKENDS.values():
-        if not _why_not(backend, request, operands, config):
-            chosen = backend
-            break
-    if chosen is not None and not request.explain:
-        return chosen
-    refusals: dict[str, tuple[str, ...]] = {
-        b.name: _why_not(b, request, operands, config) for b in BACKENDS.values() if b is not chosen
-    }
+    if request is _NO_REQUEST:
+        for backend in _UNASKED:
+            if not backend.refusals(operands, config):
+                return backend
+    refusals: dict[str, tuple[str, ...]] = {b.name: _why_not(b, request, operands, config) for b in BACKENDS.values()}
+    chosen = next((BACKENDS[name] for name, reasons in refusals.items() if not reasons), None)
     if chosen is None:
         raise NotImplementedError(_no_backend(operands, refusals))
+    if not request.explain:
+        return chosen
+    del refusals[chosen.name]
     reason = (
         f"use_backend({chosen.name!r}) asks for it" if request.backend else "the first in order to take the problem"
     )

@@ -1,4 +1,8 @@
-"""One attention problem in the terms of the dispatcher op: its tensors, its scalars, and the tensors it returns."""
+"""One attention problem in the terms of the dispatcher op: its tensors, its scalars, and the tensors it returns.
+
+The fields of the two tuples stand in the order of the op's schema; csrc/operands.cpp and csrc/bindings.cpp read them by
+position.
+"""
 
 from typing import NamedTuple
 
@@ -38,7 +42,7 @@ class AttentionConfig(NamedTuple):
 
 
 class KernelArguments(NamedTuple):
-    """What every backend's kernels take after the tensors; the meaning is stated in reference.py."""
+    """What the reference and the Triton kernels take after the tensors; the meaning is stated in reference.py."""
 
     scale: float
     dropout_p: float
@@ -60,6 +64,9 @@ def check(operands: Operands, config: AttentionConfig, mask_argument: str | None
     _checks.check_numbers(c.scale, c.dropout_p)
 
 
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
 def empty_out(q: Tensor, v_dim: int) -> Tensor:
     """The output: q's dtype, and q's order of dimensions in memory (contiguous where q has no dense order)."""
     if q.shape[-1] == v_dim:
@@ -71,3 +78,10 @@ def empty_out(q: Tensor, v_dim: int) -> Tensor:
 
 def empty_lse(q: Tensor) -> Tensor:
     return torch.empty(q.shape[:-1], dtype=_checks.accumulation_dtype(q.dtype), device=q.device)
+
+
+def empty_gradients(operands: Operands, bias_grad: bool) -> Gradients:
+    """Of q, k, v and, if asked for, bias: each like its operand."""
+    q, k, v, bias = operands[:4]
+    dbias = torch.empty_like(bias) if bias_grad and bias is not None else None
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dbias

@@ -225,8 +225,8 @@ def _attend(
         bias = None if bias is None else _autocast(bias, query)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
-    if mask is None or isinstance(mask, Tensor):
-        lowered = LoweredMask(mask, UPPER_LEFT, None, 0) if is_causal else LoweredMask(mask)
+    if mask is None:
+        lowered = _UPPER_LEFT_TRIANGLE if is_causal else _EVERYTHING
     else:
         lowered = lower(mask, query.shape[-2], key.shape[-2])
     allowed, align, left, right, prefix = lowered
@@ -235,26 +235,25 @@ def _attend(
     if dynamo or query.is_meta:
         return _call_op(operands, config, dropout_seed)
 
-    # The checks are made in C++, in 0.3 us; check() makes them again where the answer is no, to find the words.
-    plain = _C.attention_operands(query, key, value, bias, allowed)
-    if plain and sinks is None and left is None and not softcap:
-        check_numbers(scale, dropout_p)
-    else:
+    # The checks are made in C++, in 0.5 us; check() makes them again where the answer is no, to find the words.
+    ready = _C.attention_ready(operands, config)
+    if not ready:
         check(operands, config, mask_argument)
     backend = _dispatch.choose(operands, config)
     if _under_transforms():
         seed = _seed(dropout_p, dropout_seed, query)
         return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return, no-untyped-call]
-    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if not ready or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return _call_op(operands, config, dropout_seed)
     if dropout_p > 0.0:
         operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
-    if plain == _WITH_GRAD and torch.is_grad_enabled():
-        return _Attention.apply(query, key, value, bias, allowed, operands.seed, config, backend)  # type: ignore[no-any-return, no-untyped-call]
+    if ready == _WITH_GRAD and torch.is_grad_enabled():
+        return _Attention.apply(query, key, value, bias, operands, config, backend)  # type: ignore[no-any-return, no-untyped-call]
     return backend.forward(operands, config, with_lse)
 
 
-_WITH_GRAD = 2  # _C.attention_operands: an operand requires grad
+_EVERYTHING, _UPPER_LEFT_TRIANGLE = LoweredMask(), LoweredMask(align=UPPER_LEFT, right=0)
+_WITH_GRAD = 2  # _C.attention_ready: an operand requires grad
 
 
 def _under_transforms() -> bool:
@@ -271,33 +270,56 @@ class _Attention(torch.autograd.Function):
     """The derivative in eager mode; `ctx` in `forward` costs 6 us a call, the `setup_context` style 20."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        q, k, v, bias, mask, seed, ctx.config, ctx.backend = args
-        out, lse = ctx.backend.forward(Operands(q, k, v, bias, mask=mask, seed=seed), ctx.config, with_lse=True)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        operands: Operands,  # holds the four before it, which stand alone because autograd looks no deeper
+        config: AttentionConfig,
+        backend: _dispatch.Backend,
+    ) -> tuple[Tensor, Tensor | None]:
+        out, lse = backend.forward(operands, config, with_lse=True)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, bias, mask, seed, out, lse)
+        ctx.save_for_backward(*operands, out, lse)
+        ctx.config, ctx.backend = config, backend
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        do, dlse = grads
-        q, k, v, bias, mask, seed, out, lse = ctx.saved_tensors
-        operands = Operands(q, k, v, bias, mask=mask, seed=seed)
-        bias_grad = ctx.needs_input_grad[3]
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, out, lse = ctx.saved_tensors
+        config, backend, bias_grad = ctx.config, ctx.backend, ctx.needs_input_grad[3]
         do = torch.zeros_like(out) if do is None else do
         # The gradients come from outside, and the saved tensors through hooks: what was plain may not be so now.
-        plain = _C.plain(do, dlse, out, lse, *operands[:-1])
-        with _dispatch.requesting(ctx.backend.name):
-            if _under_transforms():
-                dlse = torch.zeros_like(lse) if dlse is None else dlse
-                return transformable_backward(do, dlse, out, lse, q, k, v, bias, mask, seed, ctx.config)
-            if not plain or torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack():
-                dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(
-                    do, dlse, out, lse, *operands, *ctx.config, bias_grad
-                )
-            else:
-                dq, dk, dv, dbias = ctx.backend.backward(do, dlse, out, lse, operands, ctx.config, bias_grad)
-        return dq, dk, dv, dbias if bias_grad else None, None, None, None, None
+        direct = _C.plain(do, dlse, out, lse, *tensors) and not (
+            torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _under_transforms()
+        )
+        if direct:
+            dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, Operands(*tensors), config, bias_grad)
+        else:
+            dq, dk, dv, dbias = _indirect_backward(do, dlse, out, lse, Operands(*tensors), config, backend, bias_grad)
+        return dq, dk, dv, dbias, None, None, None
+
+
+def _indirect_backward(
+    do: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    operands: Operands,
+    config: AttentionConfig,
+    backend: _dispatch.Backend,
+    bias_grad: bool,
+) -> tuple[Tensor | None, ...]:
+    """The backward of `_Attention` where it is itself differentiated, mapped, or traced."""
+    with _dispatch.requesting(backend.name):
+        if _under_transforms():
+            dlse = torch.zeros_like(lse) if dlse is None else dlse
+            q, k, v, bias = operands[:4]
+            return transformable_backward(do, dlse, out, lse, q, k, v, bias, operands.mask, operands.seed, config)[:4]
+        dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(do, dlse, out, lse, *operands, *config, bias_grad)
+        return dq, dk, dv, dbias if bias_grad else None
 
 
 def _autocast(tensor: Tensor, query: Tensor) -> Tensor:

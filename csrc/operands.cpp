@@ -1,0 +1,202 @@
+#include "operands.h"
+
+#include <cmath>
+
+#include "tensor_view.h"
+
+namespace pyattn {
+namespace {
+
+// Set once, at import.
+PyTypeObject* tensor_type = nullptr;
+PyTypeObject* parameter_type = nullptr;
+PyObject* requires_grad_name = nullptr;  // interned
+PyObject* is_neg_name = nullptr;
+
+// ---- Plain tensors ----
+
+enum Plain : long { kNotPlain = 0, kPlain = 1, kPlainWithGrad = 2, kPlainError = -1 };
+
+// Whether the memory of `object` tells all there is, and if so, where it is: exactly a Tensor or Parameter, with memory
+// of its own (not a level of torch.func or of batched gradients, meta, sparse, or zeros that take no memory), and not
+// negated lazily (x.imag of a conjugate), which DLPack does not show.
+Plain read_plain(PyObject* object, dlpack::DLTensor& tensor) {
+  if (!is_exact_tensor(object)) return kNotPlain;
+  PyObject* is_neg = PyObject_CallMethodNoArgs(object, is_neg_name);
+  if (is_neg == nullptr) return kPlainError;
+  Py_DECREF(is_neg);
+  if (is_neg == Py_True) return kNotPlain;
+  const dlpack::DLExchangeAPI* api = exchange_api(tensor_type);
+  if (api == nullptr || api->dltensor_from_py_object_no_sync(object, &tensor) != 0) {
+    PyErr_Clear();
+    return kNotPlain;
+  }
+  bool empty = false;
+  for (int i = 0; i < tensor.ndim; ++i) empty |= tensor.shape[i] == 0;
+  if (tensor.data == nullptr && !empty) return kNotPlain;
+  PyObject* requires_grad = PyObject_GetAttr(object, requires_grad_name);
+  if (requires_grad == nullptr) return kPlainError;
+  Py_DECREF(requires_grad);
+  return requires_grad == Py_True ? kPlainWithGrad : kPlain;
+}
+
+PyObject* plain(PyObject*, PyObject* const* tensors, Py_ssize_t count) {
+  Plain answer = kPlain;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (tensors[i] == Py_None) continue;
+    dlpack::DLTensor tensor;
+    const Plain one = read_plain(tensors[i], tensor);
+    if (one == kPlainError) return nullptr;
+    if (one == kNotPlain) return PyLong_FromLong(kNotPlain);
+    if (one == kPlainWithGrad) answer = one;
+  }
+  return PyLong_FromLong(answer);
+}
+
+// ---- The operands of attention ----
+
+// Whether `tensor` broadcasts from the right to [*batch, q_heads, q_len, kv_len].
+bool broadcasts_to_scores(const dlpack::DLTensor& tensor, const dlpack::DLTensor& q, const dlpack::DLTensor& k) {
+  if (tensor.ndim > q.ndim) return false;
+  for (int i = 1; i <= tensor.ndim; ++i) {  // from the right
+    const int64_t size = tensor.shape[tensor.ndim - i];
+    if (size != 1 && size != (i == 1 ? k.shape[k.ndim - 2] : q.shape[q.ndim - i])) return false;
+  }
+  return true;
+}
+
+bool same_dtype(const dlpack::DLTensor& a, const dlpack::DLTensor& b) {
+  return a.dtype.code == b.dtype.code && a.dtype.bits == b.dtype.bits;
+}
+
+bool is_half(const dlpack::DLDataType& dtype) {
+  return (dtype.code == dlpack::kDLFloat || dtype.code == dlpack::kDLBfloat) && dtype.bits == 16;
+}
+
+bool is_attention_dtype(const dlpack::DLDataType& dtype) {
+  return is_half(dtype) || (dtype.code == dlpack::kDLFloat && (dtype.bits == 32 || dtype.bits == 64));
+}
+
+// What pyattn/_checks.py:check_attention demands, which writes the message if the answer is no.
+bool tensors_fit(const dlpack::DLTensor& q, const dlpack::DLTensor& k, const dlpack::DLTensor& v,
+                 const dlpack::DLTensor* bias, const dlpack::DLTensor* mask) {
+  const int n = q.ndim;
+  if (n < 3 || k.ndim != n || v.ndim != n || !is_attention_dtype(q.dtype)) return false;
+  if (!same_dtype(q, k) || !same_dtype(q, v)) return false;
+  for (int i = 0; i < n - 3; ++i) {
+    if (k.shape[i] != q.shape[i] || v.shape[i] != q.shape[i]) return false;
+  }
+  const int64_t q_heads = q.shape[n - 3], kv_heads = k.shape[n - 3];
+  if (v.shape[n - 3] != kv_heads || v.shape[n - 2] != k.shape[n - 2] || k.shape[n - 1] != q.shape[n - 1]) return false;
+  if (kv_heads == 0 ? q_heads != 0 : q_heads % kv_heads != 0) return false;
+  if (bias != nullptr) {
+    const bool is_float32 = bias->dtype.code == dlpack::kDLFloat && bias->dtype.bits == 32;
+    if (!same_dtype(*bias, q) && !(is_half(q.dtype) && is_float32)) return false;
+    if (!broadcasts_to_scores(*bias, q, k)) return false;
+  }
+  return mask == nullptr || (mask->dtype.code == dlpack::kDLBool && broadcasts_to_scores(*mask, q, k));
+}
+
+// Fields of Operands and AttentionConfig, the tuples of pyattn/_problem.py.
+enum Operand { kQ, kK, kV, kBias, kSinks, kMask, kOperands = 11 };
+enum Number { kScale, kSoftcap, kDropoutP, kAlign, kLeft, kRight, kPrefix, kNumbers };
+
+// What _checks.py:check_numbers and check_supported demand.
+bool numbers_fit(PyObject* config) {
+  const auto number = [&](Number i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(config, i)); };
+  const double scale = number(kScale), softcap = number(kSoftcap), dropout_p = number(kDropoutP);
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  PyObject* right = PyTuple_GET_ITEM(config, kRight);
+  const bool causal_or_none = right == Py_None || (PyLong_CheckExact(right) && PyObject_Not(right));
+  return std::isfinite(scale) && softcap == 0 && dropout_p >= 0 && dropout_p <= 1 &&
+         PyTuple_GET_ITEM(config, kLeft) == Py_None && causal_or_none;
+}
+
+PyObject* attention_ready(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != kOperands ||
+      !PyTuple_Check(arguments[1]) || PyTuple_GET_SIZE(arguments[1]) != kNumbers) {
+    PyErr_SetString(PyExc_TypeError, "expected the tuples Operands and AttentionConfig");
+    return nullptr;
+  }
+  PyObject *operands = arguments[0], *config = arguments[1];
+  if (!numbers_fit(config)) return PyLong_FromLong(kNotPlain);
+  Plain answer = kPlain;
+  dlpack::DLTensor tensors[kOperands];
+  const dlpack::DLTensor* present[kOperands] = {};
+  for (int i = 0; i < kOperands; ++i) {
+    PyObject* operand = PyTuple_GET_ITEM(operands, i);
+    if (operand == Py_None) continue;
+    if (i == kSinks || i > kMask) return PyLong_FromLong(kNotPlain);
+    const Plain one = read_plain(operand, tensors[i]);
+    if (one == kPlainError) return nullptr;
+    const dlpack::DLDevice &device = tensors[i].device, &of_q = tensors[kQ].device;
+    if (one == kNotPlain || device.device_type != of_q.device_type || device.device_id != of_q.device_id) {
+      return PyLong_FromLong(kNotPlain);
+    }
+    if (one == kPlainWithGrad) answer = one;
+    present[i] = &tensors[i];
+  }
+  const bool fit = tensors_fit(tensors[kQ], tensors[kK], tensors[kV], present[kBias], present[kMask]);
+  return PyLong_FromLong(fit ? answer : kNotPlain);
+}
+
+// ---- Allocation ----
+
+void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+
+// Through DLPack's allocator, 1.1 us; torch.empty(q.shape[:-1], dtype=...) takes 4, most of it to parse its arguments.
+PyObject* empty_rows(PyObject*, PyObject* q) {
+  const dlpack::DLExchangeAPI* api = exchange_api(Py_TYPE(q));
+  if (api == nullptr) return PyErr_Format(PyExc_TypeError, "expected a torch.Tensor, got %s", Py_TYPE(q)->tp_name);
+  dlpack::DLTensor like;
+  if (api->dltensor_from_py_object_no_sync(q, &like) != 0) return nullptr;
+  if (like.ndim == 0) return PyErr_Format(PyExc_ValueError, "q has no dimensions");
+  like.ndim -= 1;
+  like.dtype = {dlpack::kDLFloat, static_cast<uint8_t>(like.dtype.bits == 64 ? 64 : 32), 1};
+  like.strides = nullptr;
+  dlpack::DLManagedTensorVersioned* rows = nullptr;
+  void* object = nullptr;
+  if (api->managed_tensor_allocator(&like, &rows, nullptr, set_error) != 0) return nullptr;
+  if (api->managed_tensor_to_py_object_no_sync(rows, &object) != 0) {
+    rows->deleter(rows);
+    return nullptr;
+  }
+  return static_cast<PyObject*>(object);
+}
+
+PyMethodDef methods[] = {
+    {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(plain)), METH_FASTCALL,
+     "plain(*tensors) -> int: 0 if the memory of one does not tell all there is to it (a subclass, a lazy negation), 2 "
+     "if one requires grad, else 1."},
+    {"attention_ready", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_ready)), METH_FASTCALL,
+     "attention_ready(operands, config) -> int: as plain, and 0 as well if the backends could not take the problem."},
+    {"empty_rows", empty_rows, METH_O, "empty_rows(q) -> Tensor: uninitialised, one element per query."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyTypeObject* import_type(const char* module_name, const char* name) {
+  PyObject* module = PyImport_ImportModule(module_name);
+  if (module == nullptr) return nullptr;
+  PyObject* type = PyObject_GetAttrString(module, name);
+  Py_DECREF(module);
+  return reinterpret_cast<PyTypeObject*>(type);
+}
+
+}  // namespace
+
+bool is_exact_tensor(PyObject* object) { return Py_TYPE(object) == tensor_type || Py_TYPE(object) == parameter_type; }
+
+bool add_operands(PyObject* module) {
+  tensor_type = import_type("torch", "Tensor");
+  if (tensor_type == nullptr) return false;
+  parameter_type = import_type("torch.nn", "Parameter");
+  if (parameter_type == nullptr) return false;
+  requires_grad_name = PyUnicode_InternFromString("requires_grad");
+  is_neg_name = PyUnicode_InternFromString("is_neg");
+  return requires_grad_name != nullptr && is_neg_name != nullptr && PyModule_AddFunctions(module, methods) == 0;
+}
+
+}  // namespace pyattn

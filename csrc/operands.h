@@ -1,0 +1,25 @@
+// What the eager front asks before a kernel runs: are these ordinary tensors, and do they fit each other? Every answer
+// is taken from DLPack's table in a fraction of the time that Python's attributes take. Needs CPython alone.
+#pragma once
+
+#include <Python.h>
+
+namespace pyattn {
+
+// Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may redefine everything.
+bool is_exact_tensor(PyObject* object);
+
+// Adds to `module`; false with a Python error set if that fails:
+//
+//   plain(*tensors) -> int
+//     0 if the memory of an argument does not tell all there is to it (not exactly a torch.Tensor or
+//     torch.nn.Parameter, lazily negated, without memory; None is skipped), else 2 if one of them requires a gradient,
+//     else 1.
+//   attention_ready(operands, config) -> int
+//     As plain(*operands), and 0 as well unless the operands fit each other, the numbers are in range, and nothing is
+//     asked for that the kernels do not compute. The arguments are the two tuples of pyattn/_problem.py.
+//   empty_rows(q) -> Tensor
+//     Uninitialised, q's shape without its last dimension, float32 (float64 for float64): where lse goes.
+bool add_operands(PyObject* module);
+
+}  // namespace pyattn
