@@ -61,7 +61,8 @@ def typed(function: Callable[P, R]) -> Callable[P, R]:
         ShapeError: a tensor's shape does not fit; the message names the argument, the expected and the actual shape.
         DtypeError: a tensor's dtype does not fit.
         TypeError: a tensor is sparse or nested.
-        jaxtyping.TypeCheckError: any other argument does not fit. All are TypeErrors.
+        jaxtyping.TypeCheckError: anything else does not fit; the message names the argument. All are TypeErrors, and
+            jaxtyping's own message, with all arguments, is their cause.
     """
     signature = inspect.signature(function, eval_str=True)
     accepts = _C.compile_signature(_compile(signature))
@@ -307,13 +308,16 @@ def _strict(function: Callable[..., object], signature: inspect.Signature) -> Ca
 
 
 def _explain(signature: inspect.Signature, arguments: Mapping[str, Any]) -> TypeError | None:
-    """The error, of our own classes and in one line, for a tensor that does not fit; None for other arguments."""
+    """The error in one line; None if each argument fits by itself."""
     name = _first_misfit(signature, arguments)
-    if name is None or not isinstance(value := arguments[name], Tensor):
+    if name is None:
         return None
-    arrays = _arrays(signature.parameters[name].annotation)
-    if not arrays:
-        return None
+    value, annotation = arguments[name], signature.parameters[name].annotation
+    arrays = _arrays(annotation)
+    if not isinstance(value, Tensor) or not arrays:
+        is_array = isinstance(value, list | tuple) or hasattr(value, "__array__")
+        hint = f"; torch.as_tensor({name}) makes a tensor of it" if arrays and is_array else ""
+        return TypeCheckError(f"{name}: expected {_annotation_text(annotation)}, got {_value_text(value)}{hint}")
     of_dtype = [array for array in arrays if isinstance(value, array.dtype[Tensor, "..."])]
     if not of_dtype:
         names = dict.fromkeys(name for array in arrays for name in _dtypes(array))
@@ -328,6 +332,23 @@ def _explain(signature: inspect.Signature, arguments: Mapping[str, Any]) -> Type
     ]
     given = f" with {', '.join(clashes)}" if clashes else ""
     return ShapeError(f"{name}: expected shape {shapes}{given}, got {tuple(value.shape)}")
+
+
+def _annotation_text(annotation: Any) -> str:
+    names = (
+        member.__name__ if isinstance(member, type) else inspect.formatannotation(member).replace("typing.", "")
+        for member in _members(annotation)
+    )
+    return " | ".join("None" if name == "NoneType" else name for name in names)
+
+
+def _value_text(value: Any) -> str:
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    cls = type(value)
+    return f"{'' if cls.__module__ == 'builtins' else cls.__module__ + '.'}{cls.__qualname__}"
 
 
 def _first_misfit(signature: inspect.Signature, arguments: Mapping[str, Any]) -> str | None:

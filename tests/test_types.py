@@ -425,21 +425,34 @@ def test_misfit_of_a_tensor(change: dict[str, Any], error: type[Exception], mess
     assert "Called with parameters" in str(caught.value.__cause__)
 
 
+QUERY = "Float[Tensor, '*batch q_heads q_len head_dim']"
+
+
 @pytest.mark.parametrize(
-    "change",
-    [{"scale": "1"}, {"is_causal": 1}, {"align": "left"}, {"mask": [True]}, {"query": [[1.0]]}, {"query": np.zeros(3)}],
+    ("name", "value", "message"),
+    [
+        ("scale", "1", "expected float | int | None, got '1'"),
+        ("scale", torch.tensor(1.0), "expected float | int | None, got torch.Tensor"),
+        ("is_causal", 1, "expected bool, got 1"),
+        ("align", "left", "expected Literal['upper_left', 'lower_right'] | None, got 'left'"),
+        ("mask", Causal, "expected Mask | Bool[Tensor, '...'] | None, got the class Causal"),
+        ("query", None, f"expected {QUERY}, got None"),
+        ("query", [[1.0] * 1000], f"expected {QUERY}, got list; torch.as_tensor(query) makes a tensor of it"),
+        ("query", np.zeros(3), f"expected {QUERY}, got numpy.ndarray; torch.as_tensor(query) makes a tensor of it"),
+    ],
     ids=str,
 )
-def test_misfit_of_anything_else(change: dict[str, Any]) -> None:
-    call = dict(zip(("query", "key", "value"), qkv(), strict=True)) | change
-    (name,) = change
-    with pytest.raises(TypeCheckError, match=f"typechecking parameter '{name}'"):
+def test_misfit_of_anything_else(name: str, value: Any, message: str) -> None:
+    call = dict(zip(("query", "key", "value"), qkv(), strict=True)) | {name: value}
+    with pytest.raises(TypeCheckError) as caught:
         attend_typed(**call)
+    assert str(caught.value) == f"{name}: {message}"
+    assert "Called with parameters" in str(caught.value.__cause__)
 
 
 def test_the_first_misfit_is_named() -> None:
     query, key, value = qkv()
-    with pytest.raises(TypeCheckError, match="parameter 'value'"):
+    with pytest.raises(TypeCheckError, match="^value: expected .*, got 3$"):
         attend_typed(query, key, 3, sinks=torch.zeros(4))  # type: ignore[arg-type]
 
 
