@@ -126,7 +126,8 @@ def check_attention(
     if q_heads % kv_heads if kv_heads else q_heads:
         raise ShapeError(
             f"query: its number of heads must be a multiple of key's (grouped-query attention), got q_heads={q_heads} "
-            f"and kv_heads={kv_heads}"
+            f"and kv_heads={kv_heads}; axes are (*batch, heads, length, head_dim), so transpose(-3, -2) where length "
+            "comes before heads"
         )
     scores = (*batch, q_heads, q_len, kv_len)
     if bias is not None:

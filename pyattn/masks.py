@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -26,6 +27,8 @@ NO_ALIGN, UPPER_LEFT, LOWER_RIGHT = 0, 1, 2
 
 class Mask:
     """What `attention(mask=...)` takes besides a bool tensor."""
+
+    __array_ufunc__ = None  # else NumPy would apply & to this and each element of an array, before it fails
 
     def __and__(self, other: Mask | Tensor) -> Mask:
         if not isinstance(other, Mask | Tensor):
@@ -64,8 +67,10 @@ class Causal(Mask):
     def __post_init__(self) -> None:
         if self.align is not None and self.align not in get_args(Align):
             raise ValueError(f"Causal: align must be 'upper_left', 'lower_right' or None, got {self.align!r}")
-        if not isinstance(self.prefix, int) or not 0 <= self.prefix < 2**63:
+        if not isinstance(self.prefix, Integral) or not 0 <= self.prefix < 2**63:
             raise ValueError(f"Causal: prefix must be a number of keys, 0 or more, got {self.prefix!r}")
+        if not isinstance(self.prefix, int):  # one of NumPy's
+            object.__setattr__(self, "prefix", int(self.prefix))
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no truth value to compare by

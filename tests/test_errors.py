@@ -7,6 +7,7 @@ them with fake tensors, as torch.compile and torch.export run them.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -111,7 +112,11 @@ WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
     "head_dim": ({"k": ones(2, 3, 7, 9)}, ShapeError, "^key: expected .*head_dim.*4.*got .*9"),
     "value's heads": ({"v": ones(2, 2, 7, 8)}, ShapeError, "^value: expected .*3.*got .*2"),
     "kv_len": ({"v": ones(2, 3, 11, 8)}, ShapeError, "^value: expected .*kv_len.*7.*got .*11"),
-    "head ratio": ({"q": ones(2, 5, 5, 4)}, ShapeError, "^query: .*multiple of key's.*got q_heads=5 and kv_heads=3"),
+    "head ratio": (
+        {"q": ones(2, 5, 5, 4)},
+        ShapeError,
+        r"^query: .*multiple of key's.*got q_heads=5 and kv_heads=3; axes are .*transpose\(-3, -2\)",
+    ),
     "no key heads": (
         {"k": ones(2, 0, 7, 4), "v": ones(2, 0, 7, 8)},
         ShapeError,
@@ -289,6 +294,21 @@ def test_wrong_causal() -> None:
         pyattn.Causal(prefix=-1)
     with pytest.raises(TypeError, match="unsupported operand"):
         pyattn.Causal() & 3
+    with pytest.raises(TypeError, match="'numpy.ndarray' and 'Causal'"):  # not one of its elements
+        np.ones((2, 2), dtype=bool) & pyattn.Causal()
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    q, k, v = ones(2, 6, 5, 4), ones(2, 3, 5, 4), ones(2, 3, 5, 8)
+
+    def call(number: type, integer: type) -> Tensor:
+        mask = pyattn.Causal(prefix=integer(2))
+        options = {"scale": number(0.5), "dropout_p": number(0.25), "dropout_seed": integer(3)}
+        return pyattn.attention(q, k, v, mask=mask, **options)
+
+    assert torch.equal(call(np.float32, np.int64), call(float, int))
+    expect("front", {"scale": np.float32("nan")}, ValueError, "^scale: expected a finite number, got nan")
+    expect("front", {"dropout_p": 0.5, "seed": np.uint64(2**63)}, ValueError, f"^dropout_seed: .* got {2**63}")
 
 
 # ---- the other functions ---------------------------------------------------------------------------------------------
