@@ -4,6 +4,8 @@ A pair of autograd.Functions, one for the forward and one for its backward, in `
 and jvp. Plain eager calls do not come here: this style costs 20 us a call against 6 (see attention.py).
 """
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from . import _C, _dispatch
 from ._composite import backward_jvp, backward_vjp, forward_jvp
-from ._problem import AttentionConfig, Operands
+from ._problem import AttentionConfig, Gradients, Operands
 
 InDims = tuple[int | None, ...]
 
@@ -52,7 +54,9 @@ class Transformable(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         with _dispatch.requesting(ctx.backend):
-            return transformable_backward(*grads, out, lse, *tensors, ctx.config)[:-1]
+            bias_grad = ctx.needs_input_grad[3]
+            gradients = transformable_backward(*grads, out, lse, *tensors, ctx.config, bias_grad)
+        return *gradients, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
@@ -60,33 +64,35 @@ class Transformable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: InDims, *args: Any) -> tuple[Any, Any]:
-        return _vmap(Transformable, info.batch_size, in_dims, args), (0, 0)
+        return _vmap(Transformable.apply, info.batch_size, in_dims, args, query=0), (0, 0)
 
 
-def transformable_backward(*args: Any) -> tuple[Tensor | None, ...]:
-    """Gradients for q, k, v, bias, and None for mask, seed, config and backend, from the arguments of the backward."""
-    dq, dk, dv, *dbias = _TransformableBackward.apply(*args)  # type: ignore[no-untyped-call]
-    return dq, dk, dv, dbias[0] if dbias else None, None, None, None, None
+def transformable_backward(*args: Any) -> Gradients:
+    """From do, dlse, out, lse, the six tensors, the config, and whether the bias needs its gradient."""
+    *inputs, bias_grad = args
+    dq, dk, dv, *dbias = _TransformableBackward.apply(bias_grad, *inputs)  # type: ignore[no-untyped-call]
+    return dq, dk, dv, dbias[0] if bias_grad else None
 
 
 class _TransformableBackward(torch.autograd.Function):
-    """(dq, dk, dv) and, with a bias, dbias."""
+    """(dq, dk, dv) and, if it is asked for, dbias."""
 
     @staticmethod
-    def forward(do: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    def forward(bias_grad: bool, do: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *tensors, config = args
         operands = _operands(*tensors)
-        with_bias = operands.bias is not None
-        if not _C.plain(do, dlse, out, lse, *tensors):
-            grads = torch.ops.pyattn.attention_backward(do, dlse, out, lse, *operands, *config, with_bias)
-            return tuple(grads[: 3 + with_bias])
-        backend = _dispatch.choose(operands, config)
-        dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, operands, config, bias_grad=with_bias)
-        return (dq, dk, dv) if dbias is None else (dq, dk, dv, dbias)
+        if _C.plain(do, dlse, out, lse, *tensors):
+            backend = _dispatch.choose(operands, config)
+            dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, operands, config, bias_grad)
+        else:
+            dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(
+                do, dlse, out, lse, *operands, *config, bias_grad
+            )
+        return (dq, dk, dv, dbias) if bias_grad else (dq, dk, dv)  # type: ignore[return-value]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        do, dlse, _, _, *tensors, ctx.config = inputs
+        ctx.bias_grad, do, dlse, _, _, *tensors, ctx.config = inputs
         ctx.save_for_backward(do, dlse, *tensors)
         ctx.save_for_forward(do, dlse, *tensors)
 
@@ -94,21 +100,23 @@ class _TransformableBackward(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         do, dlse, *tensors = ctx.saved_tensors
         do, dlse, dq, dk, dv, dbias = backward_vjp(cotangents, do, dlse, _operands(*tensors), ctx.config)
-        return do, dlse, None, None, dq, dk, dv, dbias, None, None, None
+        return None, do, dlse, None, None, dq, dk, dv, dbias, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, ...]:
         do, dlse, *tensors = ctx.saved_tensors
-        # Tangents of out and lse (2, 3) are left out: the composite recomputes both from q, k, v and bias.
-        return backward_jvp((*tangents[:2], *tangents[4:8]), do, dlse, _operands(*tensors), ctx.config)
+        # Those of out and lse (3, 4) are left out: the composite recomputes both from q, k, v and bias.
+        tangents = (*tangents[1:3], *tangents[5:9])
+        return backward_jvp(tangents, do, dlse, _operands(*tensors), ctx.config)[: 3 + ctx.bias_grad]
 
     @staticmethod
-    def vmap(info: Any, in_dims: InDims, *args: Any) -> tuple[Any, Any]:
-        grads = _vmap(_TransformableBackward, info.batch_size, in_dims, args)
+    def vmap(info: Any, in_dims: InDims, bias_grad: bool, *args: Any) -> tuple[Any, Any]:
+        apply = functools.partial(_TransformableBackward.apply, bias_grad)
+        grads = _vmap(apply, info.batch_size, in_dims[1:], args, query=4)
         return grads, (0,) * len(grads)
 
 
-def _vmap(fn: type[torch.autograd.Function], size: int, in_dims: InDims, args: tuple[Any, ...]) -> Any:
+def _vmap(apply: Callable[..., Any], size: int, in_dims: InDims, args: Sequence[Any], query: int) -> Any:
     """The mapped axis becomes the first batch dimension, which costs no copy: the op takes any number of them.
 
     Under dropout it cannot: the mask is a function of the position in the batch, and mapping must give what a loop
@@ -119,19 +127,18 @@ def _vmap(fn: type[torch.autograd.Function], size: int, in_dims: InDims, args: t
         config = config._replace(dropout_p=0.0)
     if config.dropout_p > 0.0:
         results = [
-            fn.apply(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)), config)
+            apply(*(t if d is None else t.select(d, i) for t, d in zip(tensors, in_dims, strict=False)), config)
             for i in range(size)
         ]
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True))
     *tensors, _ = tensors  # without dropout, no seed
-    query = 0 if fn is Transformable else 4
     rank = tensors[query].dim() - (in_dims[query] is not None)
     leading = [
         # bias and mask follow q, k and v, and may have fewer dimensions than they: the new one goes before all.
         _lead(tensor, dim, size, rank if index > query + 2 else 0)
         for index, (tensor, dim) in enumerate(zip(tensors, in_dims, strict=False))
     ]
-    return fn.apply(*leading, None, config)
+    return apply(*leading, None, config)
 
 
 def _lead(tensor: Tensor | None, dim: int | None, size: int, rank: int) -> Tensor | None:

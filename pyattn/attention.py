@@ -317,7 +317,8 @@ def _indirect_backward(
         if _under_transforms():
             dlse = torch.zeros_like(lse) if dlse is None else dlse
             q, k, v, bias = operands[:4]
-            return transformable_backward(do, dlse, out, lse, q, k, v, bias, operands.mask, operands.seed, config)[:4]
+            mask, seed = operands.mask, operands.seed
+            return transformable_backward(do, dlse, out, lse, q, k, v, bias, mask, seed, config, bias_grad)
         dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(do, dlse, out, lse, *operands, *config, bias_grad)
         return dq, dk, dv, dbias if bias_grad else None
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 import pyattn
 from pyattn import reference
+from pyattn._dispatch import CpuBackend
 from pyattn._problem import AttentionConfig, Operands
 
 SCALE = 0.4
@@ -72,6 +73,39 @@ def test_torch_func(name: str, with_bias: bool, qkv: tuple[Tensor, ...], bias: T
     inputs = (*qkv, bias) if with_bias else qkv
     transform = TRANSFORMS[name]
     torch.testing.assert_close(flat(transform(ours, *inputs)), flat(transform(theirs, *inputs)))
+
+
+@pytest.fixture
+def bias_gradients(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Filled with, for each backward of the backend, whether it computed a bias gradient."""
+    computed = []
+    backward = CpuBackend.backward
+
+    def spy(*args):
+        gradients = backward(*args)
+        computed.append(gradients[3] is not None)
+        return gradients
+
+    monkeypatch.setattr(CpuBackend, "backward", spy)
+    return computed
+
+
+@pytest.mark.parametrize(
+    "name", ["grad", "vjp", "vmap of grad", "grad of vmap", "grad of grad", "jvp of grad", "jacrev"]
+)
+def test_a_bias_that_needs_no_gradient(
+    name: str, qkv: tuple[Tensor, ...], bias: Tensor, bias_gradients: list[bool]
+) -> None:
+    shared = bias[0]
+    given, expected = (TRANSFORMS[name](lambda *x, fn=fn: fn(*x, shared), *qkv) for fn in (ours, theirs))
+    torch.testing.assert_close(flat(given), flat(expected))
+    assert bias_gradients and not any(bias_gradients)
+
+
+def test_a_bias_that_needs_the_gradient(qkv: tuple[Tensor, ...], bias: Tensor, bias_gradients: list[bool]) -> None:
+    given, expected = (torch.func.grad(lambda b, fn=fn: loss(fn)(*qkv, b))(bias) for fn in (ours, theirs))
+    torch.testing.assert_close(given, expected)
+    assert bias_gradients == [True]
 
 
 def test_vmap_over_every_operand(qkv: tuple[Tensor, ...], bias: Tensor) -> None:
