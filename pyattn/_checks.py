@@ -7,6 +7,7 @@ torch.compile and torch.export) and the dispatcher ops all call these functions,
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,19 +66,23 @@ def check_dense(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; {name}.to_dense() converts")
 
 
+class Names(NamedTuple):
+    """What the function that the user called names these: two operands, and the axis before q_len and kv_len."""
+
+    bias: str = "bias"
+    mask: str = "mask"
+    heads: str = "q_heads"
+
+
+NAMES = Names()
+
+
 def check_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    mask_argument: str | None = None,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, mask: Tensor | None, names: Names = NAMES
 ) -> None:
     """Everything about the operands of attention that a kernel relies on; ranks and shared axes included, because
-    the dispatcher op can be called without the typed front. `mask_argument` is the name of the argument that bias or
-    mask came in, if it is neither."""
-    bias_name, mask_name = mask_argument or "bias", mask_argument or "mask"
-    for name, tensor in (("query", query), ("key", key), ("value", value), (bias_name, bias), (mask_name, mask)):
+    the dispatcher op can be called without the typed front."""
+    for name, tensor in (("query", query), ("key", key), ("value", value), (names.bias, bias), (names.mask, mask)):
         if tensor is not None:
             check_dense(name, tensor)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -98,11 +103,11 @@ def check_attention(
         expected = f"query's dtype {query.dtype}"
         if scores_dtype != query.dtype:
             expected += f" or the scores' {scores_dtype}"
-        if mask_argument:
+        if names.bias == names.mask:
             expected += " or torch.bool"
-        hint = dtype_hint(bias_name, bias.dtype)
-        raise DtypeError(f"{bias_name}: expected {expected}, got {bias.dtype}{hint}")
-    for name, other in (("key", key), ("value", value), (bias_name, bias), (mask_name, mask)):
+        hint = dtype_hint(names.bias, bias.dtype)
+        raise DtypeError(f"{names.bias}: expected {expected}, got {bias.dtype}{hint}")
+    for name, other in (("key", key), ("value", value), (names.bias, bias), (names.mask, mask)):
         if other is not None and other.device != query.device:
             raise DeviceError(f"{name}: expected query's device {query.device}, got {other.device}")
 
@@ -131,16 +136,16 @@ def check_attention(
         )
     scores = (*batch, q_heads, q_len, kv_len)
     if bias is not None:
-        check_broadcasts(bias_name, bias, scores)
+        check_broadcasts(names.bias, bias, scores, names.heads)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise DtypeError(f"mask: expected bool, got {mask.dtype}{dtype_hint('mask', mask.dtype)}")
-        check_broadcasts(mask_name, mask, scores)
+        check_broadcasts(names.mask, mask, scores, names.heads)
 
 
-def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int]) -> None:
+def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int], heads: str) -> None:
     """`tensor` must broadcast from the right to the shape of the scores."""
-    axes = [*(f"batch[{i}]" for i in range(len(scores) - 3)), "q_heads", "q_len", "kv_len"]
+    axes = [*(f"batch[{i}]" for i in range(len(scores) - 3)), heads, "q_len", "kv_len"]
     if tensor.dim() > len(scores):
         raise ShapeError(
             f"{name}: expected at most {len(scores)} dimensions, broadcastable to ({', '.join(axes)}) = "

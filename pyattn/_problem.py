@@ -56,11 +56,11 @@ def kernel_arguments(operands: Operands, config: AttentionConfig) -> KernelArgum
     return KernelArguments(config.scale, config.dropout_p, config.right is not None, diagonal, config.prefix)
 
 
-def check(operands: Operands, config: AttentionConfig, mask_argument: str | None = None) -> None:
+def check(operands: Operands, config: AttentionConfig, names: _checks.Names = _checks.NAMES) -> None:
     """All that can be known before a kernel runs; the op may be called without the typed front."""
     o, c = operands, config
     _checks.check_supported(o.sinks, o.lengths, o.starts, o.q_segments, o.kv_segments, c.softcap, c.left, c.right)
-    _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask, mask_argument)
+    _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask, names)
     _checks.check_numbers(c.scale, c.dropout_p)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, _dispatch, reference
-from ._checks import ShapeError, check_numbers, check_seed
+from ._checks import NAMES, Names, ShapeError, check_numbers, check_seed
 from ._problem import AttentionConfig, Operands, check
 from ._transforms import Transformable, transformable_backward
 from ._types import typed
@@ -152,9 +152,7 @@ def scaled_dot_product_attention(
         mask = attn_mask
     else:
         bias = attn_mask
-    out = _attend(
-        query, key, value, mask, bias, scale, dropout_p=dropout_p, is_causal=is_causal, mask_argument="attn_mask"
-    )[0]
+    out = _attend(query, key, value, mask, bias, scale, dropout_p=dropout_p, is_causal=is_causal, names=_SDPA_NAMES)[0]
     return out.squeeze(0) if matrices else out
 
 
@@ -176,7 +174,7 @@ def compute_attention(
     """
     # The op broadcasts heads exactly as this function's mask broadcasts batch, so batch stands in their place.
     attend = None if mask is None else mask if mask.dtype == torch.bool else mask != 0
-    return _attend(query, key, value, attend)[0]
+    return _attend(query, key, value, attend, names=_ONE_HEAD_NAMES)[0]
 
 
 @typed
@@ -216,7 +214,7 @@ def _attend(
     *,
     is_causal: bool = False,
     with_lse: bool = False,
-    mask_argument: str | None = None,
+    names: Names = NAMES,
 ) -> tuple[Tensor, Any]:
     """Check, normalise, choose, call. The second result is the log-sum-exp, which may be None without `with_lse`."""
     dynamo = torch.compiler.is_dynamo_compiling()
@@ -232,13 +230,15 @@ def _attend(
     allowed, align, left, right, prefix = lowered
     config = AttentionConfig(scale, softcap or 0.0, dropout_p, align, left, right, prefix)
     operands = Operands(query, key, value, bias, sinks, allowed)
-    if dynamo or query.is_meta:
+    if dynamo:
         return _call_op(operands, config, dropout_seed)
 
     # The checks are made in C++, in 0.5 us; check() makes them again where the answer is no, to find the words.
     ready = _C.attention_ready(operands, config)
     if not ready:
-        check(operands, config, mask_argument)
+        check(operands, config, names)
+        if query.is_meta:
+            return _call_op(operands, config, dropout_seed)
     backend = _dispatch.choose(operands, config)
     if _under_transforms():
         seed = _seed(dropout_p, dropout_seed, query)
@@ -252,6 +252,8 @@ def _attend(
     return backend.forward(operands, config, with_lse)
 
 
+_SDPA_NAMES = Names(bias="attn_mask", mask="attn_mask")
+_ONE_HEAD_NAMES = Names(heads="batch")
 _EVERYTHING, _UPPER_LEFT_TRIANGLE = LoweredMask(), LoweredMask(align=UPPER_LEFT, right=0)
 _WITH_GRAD = 2  # _C.attention_ready: an operand requires grad
 

@@ -311,6 +311,24 @@ def test_numpy_numbers_are_numbers() -> None:
     expect("front", {"dropout_p": 0.5, "seed": np.uint64(2**63)}, ValueError, f"^dropout_seed: .* got {2**63}")
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((3, 5, 7), r"axis batch must be 1 or 2, got 3 \(shape \(3, 5, 7\), to broadcast to \(2, 5, 7\)\)"),
+        ((2, 4, 7), "axis q_len must be 1 or 5, got 4"),
+        ((2, 5, 6), "axis kv_len must be 1 or 7, got 6"),
+        ((2, 1, 5, 7), r"expected at most 3 dimensions, broadcastable to \(batch, q_len, kv_len\) = \(2, 5, 7\)"),
+    ],
+)
+def test_a_function_speaks_of_its_own_axes_and_arguments(shape: tuple[int, ...], message: str, device: str) -> None:
+    q, kv, mask = ones(2, 5, 4, device=device), ones(2, 7, 4, device=device), ones(*shape, device=device)
+    with pytest.raises(ShapeError, match=f"^mask: {message}"):
+        pyattn.compute_attention(q, kv, kv, mask)
+    with pytest.raises(ShapeError, match=f"^attn_mask: {message.replace('batch', 'q_heads')}"):
+        pyattn.scaled_dot_product_attention(q, kv, kv, mask)
+
+
 # ---- the other functions ---------------------------------------------------------------------------------------------
 
 
