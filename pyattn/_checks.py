@@ -167,21 +167,19 @@ def check_numbers(scale: float, dropout_p: float) -> None:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 
 
-def check_seed(seed: Tensor | None, query: Tensor, dropout_p: float) -> None:
-    """The seed, if there is one, is one int64 on the query's device; and there is one whenever there is dropout.
-
-    Without dropout a seed is allowed and has no effect, as `dropout_seed` in the public functions.
-    """
-    if dropout_p > 0.0 and seed is None:
-        raise ValueError(f"seed: dropout_p={dropout_p} needs a 0-d int64 tensor, got None")
-    if seed is not None:
-        check_dense("dropout_seed", seed)
-        if seed.dtype != torch.int64:
-            raise DtypeError(f"dropout_seed: expected a 0-d int64 tensor, got {seed.dtype}")
-        if seed.dim() != 0:
-            raise ShapeError(f"dropout_seed: expected a 0-d int64 tensor, got shape {shape_text(seed)}")
-        if seed.device != query.device:
-            raise DeviceError(f"dropout_seed: expected query's device {query.device}, got {seed.device}")
+def check_seed(seed: int | Tensor, device: torch.device) -> None:
+    """One int64; a tensor is on the query's device."""
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"dropout_seed: expected an int64, got {seed}")
+        return
+    check_dense("dropout_seed", seed)
+    if seed.dtype != torch.int64:
+        raise DtypeError(f"dropout_seed: expected a 0-d int64 tensor, got {seed.dtype}")
+    if seed.dim() != 0:
+        raise ShapeError(f"dropout_seed: expected a 0-d int64 tensor, got shape {shape_text(seed)}")
+    if seed.device != device:
+        raise DeviceError(f"dropout_seed: expected query's device {device}, got {seed.device}")
 
 
 def check_supported(

@@ -236,7 +236,7 @@ class use_backend:
     """
 
     def __init__(self, name: BackendName) -> None:
-        if name not in BACKENDS:
+        if name not in tuple(BACKENDS):
             raise ValueError(f"use_backend: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
         self._name = name
         self._tokens: list[Token[_Request]] = []
@@ -309,6 +309,11 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
         return explained.explanation
     finally:
         _request.reset(token)
+    if any(isinstance(argument, Tensor) and argument.is_meta for argument in (*args, *kwargs.values())):
+        raise ValueError(
+            "explain: meta tensors are on no device that a backend runs on; give tensors of the device in question, "
+            "or fake ones (torch._subclasses.FakeTensorMode), which take no memory either"
+        )
     raise TypeError(f"explain: {fn!r} made no pyattn call")
 
 

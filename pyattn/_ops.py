@@ -47,7 +47,10 @@ def _check(operands: Operands, config: AttentionConfig) -> None:
             "torch.func.jvp or torch.autograd.forward_ad"
         )
     check(operands, config)
-    check_seed(operands.seed, operands.q, config.dropout_p)
+    if operands.seed is not None:
+        check_seed(operands.seed, operands.q.device)
+    elif config.dropout_p > 0.0:
+        raise ValueError(f"seed: dropout_p={config.dropout_p} needs a 0-d int64 tensor, got None")
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -196,7 +196,12 @@ def dropout_mask(
         Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.3.
     """
     check_numbers(1.0, dropout_p)
-    seed = dropout_seed if isinstance(dropout_seed, Tensor) else _seed_tensor(dropout_seed, torch.device("cpu"))
+    for name, size in (("batch", batch), ("q_heads", q_heads), ("q_len", q_len), ("kv_len", kv_len)):
+        if size < 0:
+            raise ValueError(f"{name}: expected a size, 0 or more, got {size}")
+    device = dropout_seed.device if isinstance(dropout_seed, Tensor) else torch.device("cpu")
+    check_seed(dropout_seed, device)
+    seed = _seed_tensor(dropout_seed, device)
     return reference.dropout_mask(seed, dropout_p, batch, q_heads, q_len, kv_len)
 
 
@@ -230,6 +235,8 @@ def _attend(
     allowed, align, left, right, prefix = lowered
     config = AttentionConfig(scale, softcap or 0.0, dropout_p, align, left, right, prefix)
     operands = Operands(query, key, value, bias, sinks, allowed)
+    if dropout_seed is not None:
+        check_seed(dropout_seed, query.device)
     if dynamo:
         return _call_op(operands, config, dropout_seed)
 
@@ -337,16 +344,11 @@ def _seed(dropout_p: float, seed: int | Tensor | None, query: Tensor) -> Tensor 
         return None
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=query.device)
-    if isinstance(seed, Tensor):
-        check_seed(seed, query, dropout_p)
-        return seed
     return _seed_tensor(seed, query.device)
 
 
-def _seed_tensor(seed: int, device: torch.device) -> Tensor:
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"dropout_seed: expected an int64, got {seed}")
-    return torch.tensor(seed, dtype=torch.int64, device=device)
+def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:

@@ -53,6 +53,8 @@ def test_explain_makes_the_checks(qkv: tuple[Tensor, ...]) -> None:
     q, k, v = qkv
     with pytest.raises(pyattn.DtypeError, match="value: expected query's dtype"):
         pyattn.explain(pyattn.attention, q, k, v.double())
+    with pytest.raises(ValueError, match="explain: meta tensors are on no device .*FakeTensorMode"):
+        pyattn.explain(pyattn.attention, *(x.to("meta") for x in (q, k, v)))
     with pytest.raises(TypeError, match="made no pyattn call"):
         pyattn.explain(torch.add, q, k)
 
@@ -85,6 +87,8 @@ def test_a_requested_backend_that_cannot_run_is_an_error(qkv: tuple[Tensor, ...]
 def test_an_unknown_backend_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected one of 'cpu', 'triton', 'reference', got 'cuda'"):
         pyattn.use_backend("cuda")
+    with pytest.raises(ValueError, match=r"got \['cpu'\]"):
+        pyattn.use_backend(["cpu"])
 
 
 def test_use_backend_does_not_cross_threads(qkv: tuple[Tensor, ...]) -> None:

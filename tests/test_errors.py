@@ -335,13 +335,26 @@ def test_a_function_speaks_of_its_own_axes_and_arguments(shape: tuple[int, ...],
 @pytest.mark.parametrize("seed", [2**63, -(2**63) - 1])
 def test_seed_beyond_64_bits(seed: int) -> None:
     expect("front", {"dropout_p": 0.5, "seed": seed}, ValueError, f"^dropout_seed: expected an int64, got {seed}")
+    expect("front", {"seed": seed}, ValueError, "^dropout_seed")  # whether dropout is on or not
     with pytest.raises(ValueError, match=f"^dropout_seed: expected an int64, got {seed}"):
         pyattn.dropout_mask(seed, 0.5, batch=1, q_heads=1, q_len=1, kv_len=1)
+    with pytest.raises(ValueError, match=f"^dropout_seed: expected an int64, got {seed}"):
+        pyattn.explain(pyattn.attention, GOOD["q"], GOOD["k"], GOOD["v"], dropout_p=0.5, dropout_seed=seed)
 
 
-def test_dropout_mask_checks_the_probability() -> None:
+def test_dropout_mask_checks_its_arguments() -> None:
     with pytest.raises(ValueError, match="^dropout_p: .*got 2"):
         pyattn.dropout_mask(1, 2, batch=1, q_heads=1, q_len=1, kv_len=1)
+    with pytest.raises(ValueError, match="^kv_len: expected a size, 0 or more, got -3"):
+        pyattn.dropout_mask(1, 0.5, batch=1, q_heads=1, q_len=1, kv_len=-3)
+    with pytest.raises(DtypeError, match="^dropout_seed: expected a 0-d int64 tensor, got torch.int32"):
+        pyattn.dropout_mask(torch.tensor(1, dtype=torch.int32), 0.5, batch=1, q_heads=1, q_len=1, kv_len=1)
+
+
+def test_explain_of_a_wrong_seed() -> None:
+    seed = torch.tensor(1, dtype=torch.int32)
+    with pytest.raises(DtypeError, match="^dropout_seed: .*got torch.int32"):
+        pyattn.explain(pyattn.attention, GOOD["q"], GOOD["k"], GOOD["v"], dropout_p=0.5, dropout_seed=seed)
 
 
 def test_more_dimensions_than_a_backend_takes() -> None:
