@@ -101,7 +101,8 @@ bool tensors_fit(const dlpack::DLTensor& q, const dlpack::DLTensor& k, const dlp
 enum Operand { kQ, kK, kV, kBias, kSinks, kMask, kOperands = 11 };
 enum Number { kScale, kSoftcap, kDropoutP, kAlign, kLeft, kRight, kPrefix, kNumbers };
 
-// What _checks.py:check_numbers and check_supported demand.
+// What _checks.py:check_scale, check_dropout_p and check_supported demand. A scale that only float64 scores have room
+// for is left to them.
 bool numbers_fit(PyObject* config) {
   const auto number = [&](Number i) { return PyFloat_AsDouble(PyTuple_GET_ITEM(config, i)); };
   const double scale = number(kScale), softcap = number(kSoftcap), dropout_p = number(kDropoutP);
@@ -111,7 +112,7 @@ bool numbers_fit(PyObject* config) {
   }
   PyObject* right = PyTuple_GET_ITEM(config, kRight);
   const bool causal_or_none = right == Py_None || (PyLong_CheckExact(right) && PyObject_Not(right));
-  return std::isfinite(scale) && softcap == 0 && dropout_p >= 0 && dropout_p <= 1 &&
+  return std::fabs(scale) <= 0x1p127 && softcap == 0 && dropout_p >= 0 && dropout_p <= 1 &&
          PyTuple_GET_ITEM(config, kLeft) == Py_None && causal_or_none;
 }
 

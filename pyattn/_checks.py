@@ -160,9 +160,20 @@ def check_broadcasts(name: str, tensor: Tensor, scores: Sequence[int], heads: st
             )
 
 
-def check_numbers(scale: float, dropout_p: float) -> None:
-    if not math.isfinite(scale):
+def check_scale(scale: float, dtype: torch.dtype) -> None:
+    """Finite in what scores of `dtype` are computed in, and so times log2(e), since kernels may compute in base 2."""
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
+    accumulation = accumulation_dtype(dtype)
+    exponent = 1023 if accumulation == torch.float64 else 127
+    if not abs(scale) <= 2**exponent:
+        raise ValueError(
+            f"scale: expected a magnitude of at most 2**{exponent}, since scores of {dtype} are computed in "
+            f"{accumulation}, got {scale}"
+        )
+
+
+def check_dropout_p(dropout_p: float) -> None:
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
 

@@ -53,7 +53,7 @@ class KernelArguments(NamedTuple):
 
 def kernel_arguments(operands: Operands, config: AttentionConfig) -> KernelArguments:
     diagonal = operands.k.shape[-2] - operands.q.shape[-2] if config.align == LOWER_RIGHT else 0
-    return KernelArguments(config.scale, config.dropout_p, config.right is not None, diagonal, config.prefix)
+    return KernelArguments(float(config.scale), config.dropout_p, config.right is not None, diagonal, config.prefix)
 
 
 def check(operands: Operands, config: AttentionConfig, names: _checks.Names = _checks.NAMES) -> None:
@@ -61,7 +61,8 @@ def check(operands: Operands, config: AttentionConfig, names: _checks.Names = _c
     o, c = operands, config
     _checks.check_supported(o.sinks, o.lengths, o.starts, o.q_segments, o.kv_segments, c.softcap, c.left, c.right)
     _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask, names)
-    _checks.check_numbers(c.scale, c.dropout_p)
+    _checks.check_scale(c.scale, o.q.dtype)
+    _checks.check_dropout_p(c.dropout_p)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, _dispatch, reference
-from ._checks import NAMES, Names, ShapeError, check_numbers, check_seed
+from ._checks import NAMES, Names, ShapeError, check_dropout_p, check_seed
 from ._problem import AttentionConfig, Operands, check
 from ._transforms import Transformable, transformable_backward
 from ._types import typed
@@ -47,7 +47,8 @@ def attention(
             ``[*batch, q_heads, q_len, kv_len]``, or several joined by ``&``.
         bias: added to the scaled scores; broadcasts like a bool mask; query's dtype, or float32. Has a gradient of its
             own dtype and shape. -inf masks.
-        scale: factor of the scores; default ``1 / sqrt(head_dim)``. May be negative.
+        scale: factor of the scores; default ``1 / sqrt(head_dim)``. May be negative. ``scale * key``, the derivative of
+            the scores for the query, has to be in float32's range (float64's for float64).
         softcap, sinks: part of the contract, not computed yet: anything but None raises NotImplementedError.
         dropout_p: probability that an attention weight is dropped; the kept ones are scaled by ``1 / (1 - p)``.
         dropout_seed: determines the dropout mask, which `dropout_mask` returns; an int or a 0-d int64 tensor on the
@@ -195,7 +196,7 @@ def dropout_mask(
     References:
         Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 5.3.
     """
-    check_numbers(1.0, dropout_p)
+    check_dropout_p(dropout_p)
     for name, size in (("batch", batch), ("q_heads", q_heads), ("q_len", q_len), ("kv_len", kv_len)):
         if size < 0:
             raise ValueError(f"{name}: expected a size, 0 or more, got {size}")

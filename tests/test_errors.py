@@ -165,6 +165,7 @@ WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
     "bias's rank": ({"bias": ones(1, 1, 1, 1, 1)}, ShapeError, "^bias: expected at most 4 dimensions"),
     "scale is NaN": ({"scale": float("nan")}, ValueError, "^scale: expected a finite number, got nan"),
     "scale is infinite": ({"scale": float("inf")}, ValueError, "^scale: expected a finite number, got inf"),
+    "scale beyond float32": ({"scale": -1e39}, ValueError, r"^scale: expected .*2\*\*127, .*float32, got -1e\+39"),
     "dropout_p below 0": (
         {"dropout_p": -0.1, "seed": torch.tensor(1)},
         ValueError,
@@ -296,6 +297,24 @@ def test_wrong_causal() -> None:
         pyattn.Causal() & 3
     with pytest.raises(TypeError, match="'numpy.ndarray' and 'Causal'"):  # not one of its elements
         np.ones((2, 2), dtype=bool) & pyattn.Causal()
+
+
+def test_scale_at_the_ends_of_its_range() -> None:
+    """Of products that are 0, so that only the scale can spoil the scores."""
+    zeros, double = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 5, 4, dtype=torch.float64)
+    value = torch.randn(2, 3, 5, 4)
+    for backend in ("cpu", "reference"):
+        with pyattn.use_backend(backend):
+            for scale in (2.0**127, -(2**127), 1e-300, 0):
+                out = pyattn.attention(zeros, zeros, value, scale=scale)
+                torch.testing.assert_close(out, value.mean(-2, keepdim=True).expand_as(out))
+            for scale in (1e300, -(2**1023)):
+                out = pyattn.attention(double, double, value.double(), scale=scale)
+                torch.testing.assert_close(out, value.double().mean(-2, keepdim=True).expand_as(out))
+    for scale in (2.0**127 * 1.001, 10**400):
+        expect("front", {"scale": scale}, ValueError, "^scale: expected ")
+    with pytest.raises(ValueError, match=r"^scale: expected .*2\*\*1023, .*float64, got 1.7e\+308"):
+        pyattn.attention(double, double, double, scale=1.7e308)
 
 
 def test_numpy_numbers_are_numbers() -> None:
