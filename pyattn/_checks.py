@@ -63,7 +63,7 @@ def check_dense(name: str, tensor: Tensor) -> None:
             "mask hides the padding"
         )
     if tensor.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; {name}.to_dense() converts")
+        raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; to_dense() converts")
 
 
 class Names(NamedTuple):
@@ -168,7 +168,7 @@ def check_scale(scale: float, dtype: torch.dtype) -> None:
     exponent = 1023 if accumulation == torch.float64 else 127
     if not abs(scale) <= 2**exponent:
         raise ValueError(
-            f"scale: expected a magnitude of at most 2**{exponent}, since scores of {dtype} are computed in "
+            f"scale: expected a magnitude of at most 2**{exponent}, since scores are computed in "
             f"{accumulation}, got {scale}"
         )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _dispatch
-from ._checks import check_seed
+from ._checks import check_dense, check_seed
 from ._composite import backward_vjp
 from ._problem import AttentionConfig, Operands, check, empty_lse, empty_out
 
@@ -70,6 +70,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     operands, config = _split(args[:-1])
     _check(operands, config)
+    check_dense("gradient of the output", do)
     backend = _dispatch.choose(operands, config)
     dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, operands, config, bias_grad=args[-1])
     return dq, dk, dv, do.new_empty(0) if dbias is None else dbias, do.new_empty(0)

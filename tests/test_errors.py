@@ -136,7 +136,7 @@ WRONG: dict[str, tuple[Arguments, type[Exception], str]] = {
     "sparse query": (
         {"q": GOOD["q"].to_sparse()},
         TypeError,
-        r"^query: expected a dense tensor, got layout torch.sparse_coo; query.to_dense\(\) converts",
+        r"^query: expected a dense tensor, got layout torch.sparse_coo; to_dense\(\) converts",
     ),
     "sparse key": ({"k": GOOD["k"].to_sparse()}, TypeError, "^key: expected a dense tensor, got layout torch.sp"),
     "sparse value": ({"v": GOOD["v"].to_sparse()}, TypeError, "^value: expected a dense tensor, got layout torch.s"),
@@ -199,8 +199,8 @@ def test_wrong_operand(case: str, way: str) -> None:
 
 
 NOT_DENSE: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception], str]] = {
-    "csr": (Tensor.to_sparse_csr, TypeError, r"a dense tensor, got layout torch.sparse_csr; {0}.to_dense\(\) converts"),
-    "mkldnn": (Tensor.to_mkldnn, TypeError, r"a dense tensor, got layout torch._mkldnn; {0}.to_dense\(\) converts"),
+    "csr": (Tensor.to_sparse_csr, TypeError, r"a dense tensor, got layout torch.sparse_csr; to_dense\(\) converts"),
+    "mkldnn": (Tensor.to_mkldnn, TypeError, r"a dense tensor, got layout torch._mkldnn; to_dense\(\) converts"),
     "nested": (lambda x: torch.nested.nested_tensor([*x]), TypeError, "a dense tensor, got a nested one; .*to_padded"),
     "jagged": (
         lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged),
@@ -223,6 +223,13 @@ def test_tensors_that_are_not_dense(kind: str, argument: str) -> None:
     call = {"query": ones(2, 6, 5, 4), "key": ones(2, 6, 7, 4), "value": ones(2, 6, 7, 8), "bias": ones(6, 5, 7)}
     with pytest.raises(error, match=f"^{argument}: expected {message.format(argument)}"):
         pyattn.attention(**call | {argument: convert(call[argument])})
+
+
+def test_a_gradient_that_is_not_dense() -> None:
+    q = GOOD["q"].clone().requires_grad_()
+    out = pyattn.attention(q, GOOD["k"], GOOD["v"])
+    with pytest.raises(TypeError, match="^gradient of the output: expected a dense tensor, got layout torch.sparse_c"):
+        out.backward(torch.ones_like(out).to_sparse())
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if "op" in way])
