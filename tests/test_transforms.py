@@ -81,8 +81,8 @@ def bias_gradients(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     computed = []
     backward = CpuBackend.backward
 
-    def spy(*args):
-        gradients = backward(*args)
+    def spy(*args, **options):
+        gradients = backward(*args, **options)
         computed.append(gradients[3] is not None)
         return gradients
 

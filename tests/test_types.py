@@ -440,7 +440,7 @@ QUERY = "Float[Tensor, '*batch q_heads q_len head_dim']"
         ("query", [[1.0] * 1000], f"expected {QUERY}, got list; torch.as_tensor(query) makes a tensor of it"),
         ("query", np.zeros(3), f"expected {QUERY}, got numpy.ndarray; torch.as_tensor(query) makes a tensor of it"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else type(x).__name__,
 )
 def test_misfit_of_anything_else(name: str, value: Any, message: str) -> None:
     call = dict(zip(("query", "key", "value"), qkv(), strict=True)) | {name: value}
