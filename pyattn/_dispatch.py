@@ -109,6 +109,7 @@ class TritonBackend:
 
     name: BackendName = "triton"
     memory = "O(q_len + kv_len)"
+    OLDEST = (8, 0)  # tensor cores for bfloat16 and float32, and the shared memory that kernels/_configs.py counts on
 
     def isa(self) -> str:
         if not torch.cuda.is_available():
@@ -126,6 +127,9 @@ class TritonBackend:
             reasons.append(f"query is on {q.device}, not on a CUDA device")
         if (missing := self.missing()) is not None:
             reasons.append(missing)
+        elif q.is_cuda and (capability := torch.cuda.get_device_capability(q.device)) < self.OLDEST:
+            major, minor = capability
+            reasons.append(f"{q.device} is sm_{major}{minor}; the kernels need sm_80 or newer")
         return reasons
 
     def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
@@ -204,6 +208,8 @@ class ReferenceBackend:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (CUDA builds of torch bring it; else pip install 'pyattn[triton]')"
+    if torch.version.hip is not None:
+        return "torch is built for ROCm; the kernels are made for NVIDIA GPUs"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None

@@ -1,8 +1,11 @@
 """The choice of backend: explain, use_backend, show_config, and what `import pyattn` brings along."""
 
+import importlib.util
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 import pyattn
 from pyattn import _dispatch
+from pyattn._problem import AttentionConfig
 
 
 @pytest.fixture
@@ -82,6 +86,24 @@ def test_a_requested_backend_that_cannot_run_is_an_error(qkv: tuple[Tensor, ...]
     assert "q: torch.float32 (2, 4, 5, 8) on cpu" in message
     assert "triton: query is on cpu, not on a CUDA device" in message
     assert "cpu: use_backend('triton') is in force" in message
+
+
+@pytest.mark.parametrize(
+    ("capability", "reasons"), [((7, 5), ["cuda:1 is sm_75; the kernels need sm_80 or newer"]), ((8, 0), [])]
+)
+def test_triton_refuses_old_gpus(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reasons: list[str]
+) -> None:
+    on_gpu: Any = SimpleNamespace(q=SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1)))
+    monkeypatch.setattr(_dispatch, "_triton_missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert _dispatch.TritonBackend().refusals(on_gpu, AttentionConfig(1.0)) == reasons
+
+
+def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert _dispatch._triton_missing.__wrapped__() == "torch is built for ROCm; the kernels are made for NVIDIA GPUs"
 
 
 def test_an_unknown_backend_is_an_error() -> None:
