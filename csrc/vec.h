@@ -157,12 +157,6 @@ PYATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 }
 
 template <class T, int H = kWidth<T> / 2>
-PYATTN_INLINE T reduce_max(Vec<T> x) {
-  const Vec<T> m = max<T>(x, shuffle<T, Rotated<H, kWidth<T>>>(x, x));
-  if constexpr (H > 1) return reduce_max<T, H / 2>(m);
-  return m[0];
-}
-template <class T, int H = kWidth<T> / 2>
 PYATTN_INLINE T reduce_add(Vec<T> x) {
   const Vec<T> sum = x + shuffle<T, Rotated<H, kWidth<T>>>(x, x);
   if constexpr (H > 1) return reduce_add<T, H / 2>(sum);
@@ -181,6 +175,19 @@ PYATTN_INLINE void transpose(Vec<T>* rows) {
     rows[i] = upper;
   }
   if constexpr (H > 1) transpose<T, H / 2>(rows);
+}
+
+// Lane i of the result is rows[i] reduced over its lanes by f(Vec, Vec); kWidth rows, which are overwritten. Half a
+// transposition, in place of kWidth reductions that take twice its shuffles for a single number each.
+template <class T, int H = kWidth<T> / 2, class F>
+PYATTN_INLINE Vec<T> reduce_rows(Vec<T>* rows, const F& f) {
+  constexpr int W = kWidth<T>;
+#pragma GCC unroll 8
+  for (int i = 0; i < H; ++i) {
+    rows[i] = f(shuffle<T, Upper<H, W>>(rows[i], rows[i + H]), shuffle<T, Lower<H, W>>(rows[i], rows[i + H]));
+  }
+  if constexpr (H > 1) return reduce_rows<T, H / 2>(rows, f);
+  return rows[0];
 }
 
 // ---- Functions
