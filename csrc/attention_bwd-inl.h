@@ -8,17 +8,20 @@
 // loop and blocks of queries the inner one; dq of a chunk is summed up by itself and added to the total in the order of
 // chunks, dk and dv in the order of heads. Threads take either whole heads or chunks, and the additions are the same.
 
-// Queries per tile, and so the longest running sum in dk and dv; a tile of P and one of dS are 12 KB each. With 96
-// rows, dk and dv pass through the registers half as often, which gains 8 % at head_dim 256 and 10 % at 32, but their
-// error under a causal mask at 77 to 128 keys is 1.1 to 1.2 times that of torch's kernel (Zen 3, AVX2, one thread).
-constexpr int kTileRows = 48;
+// Queries per tile, and so the longest running sum in dk and dv. The more there are, the less often dk and dv pass
+// through the registers: 96 gain 2 to 4 % over 48. Short sequences take 48 nonetheless, because of causal masks: with
+// 96, dk and dv at 77 to 128 queries would be 1.1 to 1.2 times as far from float64 as torch's kernel's are, and 5 %
+// slower. (Zen 3, AVX2, one thread.)
+constexpr int kTileRows = 96;
+constexpr int kShortTileRows = 48;
+constexpr int kShortQueries = 256;  // fewer are short
 constexpr int kTileStride = kUnit;
-constexpr int kTileGroups = (kUnit + kMR - 1) / kMR;  // of keys; there are fewer of queries
-static_assert(kTileRows <= kUnit && kTileRows % kMR == 0);
+constexpr int kTileGroups = kTileRows / kMR;  // of queries; there are fewer of keys
+static_assert(kUnit <= kTileRows && kTileRows % kMR == 0 && kShortTileRows % kMR == 0);
 
-// A chunk has at least this many units, since it costs an addition to dq; and there are at most so many chunks, since
-// each may need a dq of its own.
-constexpr int kMinChunkUnits = 2;
+// A chunk has at least this many units, since it costs an addition to dq (2 units: 2 % slower at 1024 keys); and there
+// are at most so many chunks, since each may need a dq of its own.
+constexpr int kMinChunkUnits = 4;
 constexpr int kMaxChunks = 8;
 
 // Keys of one key/value head, from a multiple of kUnit on, and their gradients. Keys with a non-finite element are
@@ -163,7 +166,7 @@ struct Owners {
 template <class T>
 struct Backward {
   const AttentionBackward& p;
-  const int64_t ldk, ldv, units, chunk_units, chunks, group;
+  const int64_t ldk, ldv, units, chunk_units, chunks, group, tile_rows;
   const T keep_scale;
   BiasGradient<T> dbias;
   MaskSummary mask;
@@ -176,6 +179,7 @@ struct Backward {
         chunk_units(larger<int64_t>(kMinChunkUnits, (units + kMaxChunks - 1) / kMaxChunks)),
         chunks(larger<int64_t>(1, (units + chunk_units - 1) / chunk_units)),
         group(p.Hkv == 0 ? 0 : p.Hq / p.Hkv),
+        tile_rows(p.L < kShortQueries ? kShortTileRows : kTileRows),
         keep_scale(static_cast<T>(Dropout::scale(p))),
         dbias(problem, chunks),
         mask(problem) {}
@@ -228,8 +232,8 @@ struct Backward {
     memset(dq, 0, p.L * ldk * sizeof(T));
     for (int64_t key = chunk_begin(chunk); key < chunk_begin(chunk + 1); key += kUnit) {
       const int64_t first = maker.visible.first_row(key);
-      for (int64_t i = first / kTileRows * kTileRows; i < p.L; i += kTileRows) {
-        const int rows = static_cast<int>(smaller<int64_t>(kTileRows, p.L - i));
+      for (int64_t i = first / tile_rows * tile_rows; i < p.L; i += tile_rows) {
+        const int rows = static_cast<int>(smaller(tile_rows, p.L - i));
         run_tile(maker, dropout, b, h, chunk, i, rows, key, origin, keys, queries, dq);
       }
     }
