@@ -228,7 +228,7 @@ def _attend(
         query, key, value = (_autocast(x, query) for x in (query, key, value))
         bias = None if bias is None else _autocast(bias, query)
     if scale is None:
-        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] else 1.0
+        scale = 1.0 / math.sqrt(query.shape[-1] or 1)
     if mask is None:
         lowered = _UPPER_LEFT_TRIANGLE if is_causal else _EVERYTHING
     else:
@@ -256,7 +256,7 @@ def _attend(
     if dropout_p > 0.0:
         operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
     if ready == _WITH_GRAD and torch.is_grad_enabled():
-        return _Attention.apply(query, key, value, bias, operands, config, backend)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply_attention(query, key, value, bias, operands, config, backend)  # type: ignore[no-any-return]
     return backend.forward(operands, config, with_lse)
 
 
@@ -299,7 +299,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
-        config, backend, bias_grad = ctx.config, ctx.backend, ctx.needs_input_grad[3]
+        config, backend = ctx.config, ctx.backend
+        bias_grad = tensors[3] is not None and ctx.needs_input_grad[3]
         do = torch.zeros_like(out) if do is None else do
         # The gradients come from outside, and the saved tensors through hooks: what was plain may not be so now.
         direct = _C.plain(do, dlse, out, lse, *tensors) and not (
@@ -310,6 +311,10 @@ class _Attention(torch.autograd.Function):
         else:
             dq, dk, dv, dbias = _indirect_backward(do, dlse, out, lse, Operands(*tensors), config, backend, bias_grad)
         return dq, dk, dv, dbias, None, None, None
+
+
+# What Function.apply itself calls once it has found no torch.func transform active, which _attend has: 6 us less.
+_apply_attention = super(torch.autograd.Function, _Attention).apply
 
 
 def _indirect_backward(
