@@ -319,17 +319,19 @@ struct Backward {
 
     // The keys that each group of queries sees, and the queries that see each group of keys.
     Range seen_keys[kTileGroups], seen_queries[kTileGroups];
-    int count = 0, begin = rows, end = 0;
+    int count = 0;
     for (int g = 0; g < row_groups(rows); ++g) {
-      seen_keys[g] = {0, groups[g].columns};
-      count = larger(count, groups[g].columns);
-      if (groups[g].columns == 0) continue;
-      begin = smaller(begin, g * kMR);
-      end = smaller(rows, (g + 1) * kMR);
+      seen_keys[g] = {groups[g].begin, groups[g].end};
+      count = larger<int>(count, groups[g].end);
     }
-    for (int g = 0; g < row_groups(count); ++g) {
-      seen_queries[g] = {static_cast<int>(clamp<int64_t>(visible.first_row(first_key + g * kMR) - first, begin, rows)),
-                         end};
+    for (int k = 0; k < row_groups(count); ++k) {
+      Range& seen = seen_queries[k] = {rows, 0};
+      for (int g = 0; g < row_groups(rows); ++g) {
+        if (groups[g].begin >= (k + 1) * kMR || groups[g].end <= k * kMR) continue;
+        seen = {smaller(seen.begin, g * kMR), smaller(rows, (g + 1) * kMR)};
+      }
+      seen.begin =
+          larger(seen.begin, static_cast<int>(smaller<int64_t>(visible.first_row(first_key + k * kMR) - first, rows)));
     }
 
     constexpr int ld = kTileStride;
@@ -342,7 +344,7 @@ struct Backward {
     for (int i = 0; i < rows; ++i) {
       const int64_t query = first + i;
       const GroupView& view = groups[i / kMR];
-      const int n = visible.columns(query, first_key, view.columns);
+      const int n = visible.columns(query, first_key, view.end);
       T *prob = queries.p + i * ld, *ds = queries.ds + i * ld;
       if (n > 0) {
         finish_row(maker, dropout, query, first_key, n, view.masked, queries.lse[query], queries.delta[query], prob,
@@ -414,7 +416,7 @@ void attention_backward(const AttentionBackward& p) {
     queries = carver.take<QuerySpan<T>>(threads);
     dq = carver.take<T>(dq_count * query_elements);
     kernel.dbias.sums.data = kernel.dbias.scratch > 0 ? carver.take<T>(kernel.dbias.scratch) : p.dbias.data;
-    kernel.mask.blocks.data = carver.take<uint8_t>(kernel.mask.bytes);
+    kernel.mask.blocks.data = carver.take<GroupView>(kernel.mask.count);
     for (int i = 0; i < threads; ++i) {
       const KeySpan<T> key_piece(carver, span, p.D, p.Dv, kernel.ldk, kernel.ldv);
       const QuerySpan<T> query_piece(carver, p.L, kernel.ldk, kernel.ldv);

@@ -221,7 +221,7 @@ struct Forward {
     for (int g = 0; g < row_groups(rows); ++g) {
       int end = 0;  // of what the group has computed
       for (int s = 0; s < count; ++s) {
-        if (slots[s].groups[g].columns > 0) end = s * kUnit + slots[s].groups[g].columns;
+        if (slots[s].groups[g].end > 0) end = s * kUnit + slots[s].groups[g].end;
       }
       for (int i = g * kMR; i < smaller(rows, (g + 1) * kMR); ++i) {
         for (int c = seen[i]; c < end; ++c) block.scores[i * ld + c] = 0;
@@ -243,7 +243,7 @@ struct Forward {
     }
     for (int s = 0; s < count; ++s) {
       Range depth[kQueryGroups];
-      for (int g = 0; g < row_groups(rows); ++g) depth[g] = {0, slots[s].groups[g].columns};
+      for (int g = 0; g < row_groups(rows); ++g) depth[g] = {slots[s].groups[g].begin, slots[s].groups[g].end};
       multiply_rows<T>(rows, block.scores + s * kUnit, ld, 1, keys.v + slots[s].first_key * ldv, ldv,
                        static_cast<int>(padded<T>(p.Dv)), block.acc, ldv, depth, started || s > 0);
     }
@@ -255,7 +255,7 @@ struct Forward {
                      const PackedKeys<T>& keys, T* scores, int* seen, bool* poisoned) const {
     for (int i = 0; i < rows; ++i, scores += kScoreStride<T>) {
       const GroupView& view = slot.groups[i / kMR];
-      const int n = maker.visible.columns(first + i, slot.first_key, view.columns);
+      const int n = maker.visible.columns(first + i, slot.first_key, view.end);
       if (n == 0) continue;
       for (int c = seen[i]; c < begin; ++c) scores[c] = -T(INFINITY);
       maker.finish(first + i, slot.first_key, n, view.masked, scores + begin);
@@ -312,7 +312,7 @@ void attention_forward(const AttentionForward& p) {
   const auto lay_out = [&](Carver carver) {
     keys = carver.take<PackedKeys<T>>(packs);
     buffers = carver.take<QueryBlock<T>>(threads);
-    kernel.mask.blocks.data = carver.take<uint8_t>(kernel.mask.bytes);
+    kernel.mask.blocks.data = carver.take<GroupView>(kernel.mask.count);
     for (int64_t i = 0; i < packs; ++i) {
       const PackedKeys<T> piece(carver, p.S, p.D, kernel.ldv);
       if (keys != nullptr) keys[i] = piece;

@@ -82,15 +82,16 @@ PYATTN_INLINE Tile<T> tile_of(int rows, int vectors) {
 
 PYATTN_INLINE int row_groups(int rows) { return (rows + kMR - 1) / kMR; }
 
-// c[rows][kUnit] = a b, b packed in panels [panel][depth][kPanel]. Group g of kMR rows is computed in its leading
-// groups[g].columns only, rounded up to a vector; what lies beyond is left as it was.
+// c[rows][kUnit] = a b, b packed in panels [panel][depth][kPanel]. Group g of kMR rows is computed in its columns
+// [groups[g].begin, groups[g].end) only, rounded to whole panels below and to whole vectors above; the others are left
+// as they were.
 template <class T, class Group>
 void multiply_panels(int rows, const T* a, int64_t lda, const T* b, int64_t depth, T* c, int64_t ldc,
                      const Group* groups) {
   for (int n = 0; n < kUnit; n += kPanel<T>) {
     for (int g = 0; g < row_groups(rows); ++g) {
-      if (groups[g].columns <= n) continue;
-      const int vectors = (groups[g].columns - n + kWidth<T> - 1) / kWidth<T>;
+      if (groups[g].end <= n || groups[g].begin >= n + kPanel<T>) continue;
+      const int vectors = (groups[g].end - n + kWidth<T> - 1) / kWidth<T>;
       const int i = g * kMR, count = rows - i < kMR ? rows - i : kMR;
       const Tile<T> tile = tile_of<T>(count, vectors < kNV ? vectors : kNV);
       // One pass even for a depth of 0, which makes zeros.

@@ -3,19 +3,20 @@
 // bounds that follow from a row's index go into Visibility::row_end, element tests into Visibility::view and
 // hide_masked, functions of the score into ScoreMaker::finish.
 
-// What a group of up to kMR queries sees of a unit of keys.
+// What a group of up to kMR queries sees of a unit of keys: nothing outside the columns [begin, end).
 struct GroupView {
-  int columns;  // leading columns; beyond them it sees none
-  bool masked;  // the bool mask hides some of them from some of the queries
+  uint8_t begin, end;
+  bool masked;  // the bool mask hides some of the columns below `end` from some of the queries
 };
+static_assert(kUnit <= UINT8_MAX);
 
-// The bool mask of a call as blocks of kMR queries and kUnit keys see it: a byte per block, made once per call. So the
-// mask is read once and row by row, not for every head and pass in the order of tiles: a band of 256 keys among 4096
-// would spend more time on that than on its scores.
+// The bool mask of a call as blocks of kMR queries and kUnit keys see it: one view per block, made once per call. So
+// the mask is read once and row by row, not for every head and pass in the order of tiles: a band of 256 keys among
+// 4096 would spend more time on that than on its scores.
 struct MaskSummary {
-  Tensor blocks;              // [*batch, head, group, unit] of bytes, with stride 0 where the mask is broadcast
+  Tensor blocks;              // [*batch, head, group, unit] of GroupView, with stride 0 where the mask is broadcast
   int64_t units, groups = 0;  // of one matrix
-  int64_t bytes = 0;
+  int64_t count = 0;          // of all
 
   explicit MaskSummary(const AttentionProblem& p) : units((p.S + kUnit - 1) / kUnit) {
     if (p.mask.data == nullptr) return;
@@ -23,10 +24,10 @@ struct MaskSummary {
     blocks.col = 1;
     blocks.row = p.mask.row == 0 ? 0 : units;
     blocks.head = p.mask.head == 0 ? 0 : groups * units;
-    bytes = groups * units * (p.mask.head == 0 ? 1 : p.Hq);
+    count = groups * units * (p.mask.head == 0 ? 1 : p.Hq);
     for (int d = p.batch_rank - 1; d >= 0; --d) {
-      blocks.batch[d] = p.mask.batch[d] == 0 ? 0 : bytes;
-      bytes *= p.mask.batch[d] == 0 ? 1 : p.batch_shape[d];
+      blocks.batch[d] = p.mask.batch[d] == 0 ? 0 : count;
+      count *= p.mask.batch[d] == 0 ? 1 : p.batch_shape[d];
     }
   }
 
@@ -34,7 +35,7 @@ struct MaskSummary {
     parallel_for(threads, distinct_matrices(p, p.mask), [&](int, int64_t i) {
       const MatrixIndex index = distinct_matrix(p, p.mask, i);
       const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + matrix_offset(p, p.mask, index);
-      uint8_t* to = static_cast<uint8_t*>(blocks.data) + matrix_offset(p, blocks, index);
+      GroupView* to = static_cast<GroupView*>(blocks.data) + matrix_offset(p, blocks, index);
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t rows = p.mask.row == 0 ? 1 : smaller<int64_t>(kMR, p.L - g * kMR);
         for (int64_t u = 0; u < units; ++u) {
@@ -45,8 +46,6 @@ struct MaskSummary {
       }
     });
   }
-
-  static GroupView view(uint8_t block) { return {block & 0x7f, (block & 0x80) != 0}; }
 
   // One query's row of the mask over a unit, 0 from `keys` on.
   static void read_row(const uint8_t* row, int64_t stride, int keys, uint8_t* to) {
@@ -60,7 +59,7 @@ struct MaskSummary {
  private:
   // In words of 8 columns, since g++ 12 takes byte vectors apart here. Bytes other than 0 and 1 can only make a block
   // count as masked, and masked blocks are tested by element.
-  static uint8_t summarise(const uint8_t* mask, int64_t rows, int64_t row_stride, int keys, int64_t col_stride) {
+  static GroupView summarise(const uint8_t* mask, int64_t rows, int64_t row_stride, int keys, int64_t col_stride) {
     constexpr int kWords = kUnit / 8;
     uint64_t some[kWords] = {}, every[kWords];  // a column's byte is nonzero: some query sees it; every query does
     memset(every, 0xff, sizeof every);
@@ -69,11 +68,12 @@ struct MaskSummary {
       read_row(mask + i * row_stride, col_stride, keys, reinterpret_cast<uint8_t*>(row));
       for (int w = 0; w < kWords; ++w) some[w] |= row[w], every[w] &= row[w];
     }
-    int words = kWords;
+    int begin = 0, words = kWords;
     while (words > 0 && some[words - 1] == 0) --words;
-    if (words == 0) return 0;
-    bool masked = false;
-    for (int w = 0; w < words - 1; ++w) {
+    if (words == 0) return {};
+    while (some[begin] == 0) ++begin;
+    bool masked = begin > 0;
+    for (int w = begin; w < words - 1; ++w) {
       masked |= ((every[w] - 0x0101010101010101) & ~every[w] & 0x8080808080808080) != 0;  // has a zero byte
     }
     uint8_t last_some[8], last_every[8];
@@ -82,7 +82,7 @@ struct MaskSummary {
     int last = 8;
     while (last_some[last - 1] == 0) --last;
     for (int c = 0; c < last; ++c) masked |= last_every[c] == 0;
-    return static_cast<uint8_t>((words - 1) * 8 + last + (masked ? 0x80 : 0));
+    return {static_cast<uint8_t>(begin * 8), static_cast<uint8_t>((words - 1) * 8 + last), masked};
   }
 };
 
@@ -93,7 +93,7 @@ struct Visibility {
   int64_t diagonal, prefix;
   const uint8_t* mask = nullptr;  // nullptr: no bool mask
   int64_t mask_row = 0, mask_col = 0;
-  const uint8_t* blocks = nullptr;  // the mask's summary
+  const GroupView* blocks = nullptr;  // the mask's summary
   int64_t blocks_row = 0;
 
   Visibility(const AttentionProblem& p, const MaskSummary& summary, int64_t b, int64_t h)
@@ -102,7 +102,7 @@ struct Visibility {
     mask = static_cast<const uint8_t*>(p.mask.data) + matrix_offset(p, p.mask, b, h);
     mask_row = p.mask.row;
     mask_col = p.mask.col;
-    blocks = static_cast<const uint8_t*>(summary.blocks.data) + matrix_offset(p, summary.blocks, b, h);
+    blocks = static_cast<const GroupView*>(summary.blocks.data) + matrix_offset(p, summary.blocks, b, h);
     blocks_row = summary.blocks.row;
   }
 
@@ -119,17 +119,17 @@ struct Visibility {
   // multiple of kMR.
   bool view(int64_t first, int rows, int64_t first_key, GroupView* groups) const {
     const int keys = static_cast<int>(smaller<int64_t>(kUnit, S - first_key));
-    int seen = 0;
+    bool seen = false;
     for (int g = 0; g < row_groups(rows); ++g) {
       const int64_t last = first + smaller(rows, (g + 1) * kMR) - 1;
-      groups[g] = {columns(last, first_key, keys), false};
-      if (mask != nullptr) {
-        const GroupView view = MaskSummary::view(blocks[last / kMR * blocks_row + first_key / kUnit]);
-        groups[g] = {smaller(groups[g].columns, view.columns), view.masked};
-      }
-      seen |= groups[g].columns;
+      GroupView view = {0, static_cast<uint8_t>(keys), false};
+      if (mask != nullptr) view = blocks[last / kMR * blocks_row + first_key / kUnit];
+      view.end = static_cast<uint8_t>(columns(last, first_key, view.end));
+      if (view.begin >= view.end) view = {};
+      groups[g] = view;
+      seen |= view.end > 0;
     }
-    return seen > 0;
+    return seen;
   }
 
   template <class T>
