@@ -48,7 +48,7 @@ struct MaskSummary {
   }
 
   // One query's row of the mask over a unit, 0 from `keys` on.
-  static void read_row(const uint8_t* row, int64_t stride, int keys, uint8_t* to) {
+  PYATTN_INLINE static void read_row(const uint8_t* row, int64_t stride, int keys, uint8_t* to) {
     if (stride == 1 && keys == kUnit) {
       memcpy(to, row, kUnit);
     } else {
@@ -132,11 +132,14 @@ struct Visibility {
     return seen;
   }
 
+  // In all of the unit, however little the query sees of it: both loops then have a constant length (backward and
+  // forward with a band of 256 at S = 4096: 20 % of the time).
   template <class T>
-  void hide_masked(int64_t query, int64_t first_key, int keys, T* scores) const {
+  void hide_masked(int64_t query, int64_t first_key, T* scores) const {
     uint8_t row[kUnit];
+    const int keys = static_cast<int>(smaller<int64_t>(kUnit, S - first_key));
     MaskSummary::read_row(mask + query * mask_row + first_key * mask_col, mask_col, keys, row);
-    for (int c = 0; c < keys; ++c) scores[c] = row[c] != 0 ? scores[c] : -T(INFINITY);
+    for (int c = 0; c < kUnit; ++c) scores[c] = row[c] != 0 ? scores[c] : -T(INFINITY);
   }
 };
 
@@ -165,7 +168,7 @@ struct ScoreMaker {
   // whole vectors.
   void finish(int64_t query, int64_t first_key, int keys, bool masked, T* scores) const {
     if (has_bias) add_bias(bias, query, first_key, keys, scores);
-    if (masked) visible.hide_masked(query, first_key, keys, scores);
+    if (masked) visible.hide_masked(query, first_key, scores);
   }
 };
 
