@@ -261,9 +261,10 @@ def test_rest_of_the_batch_changes_no_bit(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_change_no_bit_of_a_large_problem(dtype: torch.dtype) -> None:
-    """Large enough to be shared out in every direction; a bias for all samples and heads is one sum over threads."""
-    problem = make((3,), 4, 2, 203, 601, 32, 32, dtype=dtype, causal=pyattn.Causal("lower_right"), dropout_p=0.1)
-    problem = replace(problem, bias=torch.randn(203, 601, generator=torch.Generator().manual_seed(3)).to(dtype))
+    """Large enough to be shared out in every direction, and for the backward's long tiles; a bias for all samples and
+    heads is one sum over threads."""
+    problem = make((3,), 4, 2, 263, 601, 32, 32, dtype=dtype, causal=pyattn.Causal("lower_right"), dropout_p=0.1)
+    problem = replace(problem, bias=torch.randn(263, 601, generator=torch.Generator().manual_seed(3)).to(dtype))
     expected = run(problem)
     for threads in (2, 3, 5):
         torch.set_num_threads(threads)
