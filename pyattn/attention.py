@@ -5,6 +5,7 @@ The arithmetic is in reference.py (the definition), csrc/ (CPU) and kernels/ (GP
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -256,7 +257,7 @@ def _attend(
     if dropout_p > 0.0:
         operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
     if ready == _WITH_GRAD and torch.is_grad_enabled():
-        return _apply_attention(query, key, value, bias, operands, config, backend)  # type: ignore[no-any-return]
+        return _apply_attention(query, key, value, bias, operands, config, backend)
     return backend.forward(operands, config, with_lse)
 
 
@@ -314,7 +315,7 @@ class _Attention(torch.autograd.Function):
 
 
 # What Function.apply itself calls once it has found no torch.func transform active, which _attend has: 6 us less.
-_apply_attention = super(torch.autograd.Function, _Attention).apply
+_apply_attention: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Attention).apply
 
 
 def _indirect_backward(
