@@ -110,9 +110,10 @@ class _TransformableBackward(torch.autograd.Function):
         return backward_jvp(tangents, do, dlse, _operands(*tensors), ctx.config)[: 3 + ctx.bias_grad]
 
     @staticmethod
-    def vmap(info: Any, in_dims: InDims, bias_grad: bool, *args: Any) -> tuple[Any, Any]:
+    def vmap(info: Any, in_dims: InDims, *args: Any) -> tuple[Any, Any]:
+        bias_grad, *inputs = args
         apply = functools.partial(_TransformableBackward.apply, bias_grad)
-        grads = _vmap(apply, info.batch_size, in_dims[1:], args, query=4)
+        grads = _vmap(apply, info.batch_size, in_dims[1:], inputs, query=4)
         return grads, (0,) * len(grads)
 
 

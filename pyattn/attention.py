@@ -298,7 +298,8 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        do, dlse = grads
         *tensors, out, lse = ctx.saved_tensors
         config, backend = ctx.config, ctx.backend
         bias_grad = tensors[3] is not None and ctx.needs_input_grad[3]
@@ -315,7 +316,8 @@ class _Attention(torch.autograd.Function):
 
 
 # What Function.apply itself calls once it has found no torch.func transform active, which _attend has: 6 us less.
-_apply_attention: Callable[..., tuple[Tensor, Tensor]] = super(torch.autograd.Function, _Attention).apply
+_function_base: Any = super(torch.autograd.Function, _Attention)
+_apply_attention: Callable[..., tuple[Tensor, Tensor]] = _function_base.apply
 
 
 def _indirect_backward(
