@@ -249,18 +249,18 @@ struct Forward {
     }
   }
 
-  // Products with the unit of `slot`, in the columns from `begin` on, become scores; columns before them that a row has
+  // Products with the unit of `slot`, at `offset` of a row's scores, become scores; columns before them that a row has
   // not seen become -inf. seen[i] is the number of columns up to the last one that row i sees.
-  void finish_scores(const ScoreMaker<T>& maker, int64_t first, int rows, const Slot& slot, int begin,
+  void finish_scores(const ScoreMaker<T>& maker, int64_t first, int rows, const Slot& slot, int offset,
                      const PackedKeys<T>& keys, T* scores, int* seen, bool* poisoned) const {
     for (int i = 0; i < rows; ++i, scores += kScoreStride<T>) {
       const GroupView& view = slot.groups[i / kMR];
       const int n = maker.visible.columns(first + i, slot.first_key, view.end);
       if (n == 0) continue;
-      for (int c = seen[i]; c < begin; ++c) scores[c] = -T(INFINITY);
-      maker.finish(first + i, slot.first_key, n, view.masked, scores + begin);
-      if (slot.marked) poisoned[i] |= attends(keys.bad_key + slot.first_key, scores + begin, n);
-      seen[i] = begin + n;
+      for (int c = seen[i]; c < offset; ++c) scores[c] = -T(INFINITY);
+      maker.finish(first + i, slot.first_key, n, view.masked, scores + offset);
+      if (slot.marked) poisoned[i] |= attends(keys.bad_key + slot.first_key, scores + offset, n);
+      seen[i] = offset + n;
     }
   }
 

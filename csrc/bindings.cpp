@@ -121,7 +121,12 @@ struct Operands {
   py::handle q, k, v, bias, mask, seed;
 
   explicit Operands(const py::tuple& t)
-      : q(item(t, 0)), k(item(t, 1)), v(item(t, 2)), bias(item(t, 3)), mask(item(t, 5)), seed(item(t, 10)) {}
+      : q(item(t, kQ)),
+        k(item(t, kK)),
+        v(item(t, kV)),
+        bias(item(t, kBias)),
+        mask(item(t, kMask)),
+        seed(item(t, kSeed)) {}
 };
 struct Config {
   double scale, dropout_p;
@@ -129,11 +134,11 @@ struct Config {
   int64_t prefix;
 
   explicit Config(const py::tuple& t)
-      : scale(t[0].cast<double>()),
-        dropout_p(t[2].cast<double>()),
-        lower_right(t[3].cast<int>() == 2),  // LOWER_RIGHT of pyattn/masks.py
-        causal(!t[5].is_none()),
-        prefix(t[6].cast<int64_t>()) {}
+      : scale(t[kScale].cast<double>()),
+        dropout_p(t[kDropoutP].cast<double>()),
+        lower_right(t[kAlign].cast<int>() == 2),  // LOWER_RIGHT of pyattn/masks.py
+        causal(!t[kRight].is_none()),
+        prefix(t[kPrefix].cast<int64_t>()) {}
 };
 
 // Keeps what was read until the kernel has returned.

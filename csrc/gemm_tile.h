@@ -20,8 +20,8 @@ struct Range {
 };
 
 // C[MR][NV vectors] = (accumulate ? C : 0) + sum over k < depth of A(i, k) B[k]. The sum itself always starts from zero
-// and C is added last: with depths of at most kUnit that makes long sums pairwise at their top level, which halves the
-// error of a 512 key softmax-weighted sum at no cost.
+// and C is added last: with depths of a unit of keys or a tile of queries, that makes long sums pairwise at their top
+// level, which halves the error of a 512 key softmax-weighted sum at no cost.
 template <class T, int MR, int NV>
 __attribute__((noinline)) void tile(const T* a, int64_t row_a, int64_t col_a, const T* b, int64_t ldb, T* c,
                                     int64_t ldc, int64_t depth, bool accumulate) noexcept {

@@ -97,10 +97,6 @@ bool tensors_fit(const dlpack::DLTensor& q, const dlpack::DLTensor& k, const dlp
   return mask == nullptr || (mask->dtype.code == dlpack::kDLBool && broadcasts_to_scores(*mask, q, k));
 }
 
-// Fields of Operands and AttentionConfig, the tuples of pyattn/_problem.py.
-enum Operand { kQ, kK, kV, kBias, kSinks, kMask, kOperands = 11 };
-enum Number { kScale, kSoftcap, kDropoutP, kAlign, kLeft, kRight, kPrefix, kNumbers };
-
 // What _checks.py:check_scale, check_dropout_p and check_supported demand. A scale that only float64 scores have room
 // for is left to them.
 bool numbers_fit(PyObject* config) {
@@ -117,19 +113,19 @@ bool numbers_fit(PyObject* config) {
 }
 
 PyObject* attention_ready(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 2 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != kOperands ||
-      !PyTuple_Check(arguments[1]) || PyTuple_GET_SIZE(arguments[1]) != kNumbers) {
+  if (count != 2 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != kOperandCount ||
+      !PyTuple_Check(arguments[1]) || PyTuple_GET_SIZE(arguments[1]) != kNumberCount) {
     PyErr_SetString(PyExc_TypeError, "expected the tuples Operands and AttentionConfig");
     return nullptr;
   }
   PyObject *operands = arguments[0], *config = arguments[1];
   if (!numbers_fit(config)) return PyLong_FromLong(kNotPlain);
   Plain answer = kPlain;
-  dlpack::DLTensor tensors[kOperands];
-  const dlpack::DLTensor* present[kOperands] = {};
-  for (int i = 0; i < kOperands; ++i) {
+  dlpack::DLTensor tensors[kOperandCount];
+  const dlpack::DLTensor* present[kOperandCount] = {};
+  for (int i = 0; i < kOperandCount; ++i) {
     PyObject* operand = PyTuple_GET_ITEM(operands, i);
-    if (operand == Py_None) continue;
+    if (operand == Py_None && i > kV) continue;
     if (i == kSinks || i > kMask) return PyLong_FromLong(kNotPlain);
     const Plain one = read_plain(operand, tensors[i]);
     if (one == kPlainError) return nullptr;
@@ -173,7 +169,7 @@ PyMethodDef methods[] = {
      "plain(*tensors) -> int: 0 if the memory of one does not tell all there is to it (a subclass, a lazy negation), 2 "
      "if one requires grad, else 1."},
     {"attention_ready", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_ready)), METH_FASTCALL,
-     "attention_ready(operands, config) -> int: as plain, and 0 as well if the backends could not take the problem."},
+     "attention_ready(operands, config) -> int: as plain(*operands), and 0 as well if _problem.check would raise."},
     {"empty_rows", empty_rows, METH_O, "empty_rows(q) -> Tensor: uninitialised, one element per query."},
     {nullptr, nullptr, 0, nullptr},
 };

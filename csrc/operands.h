@@ -1,10 +1,15 @@
-// What the eager front asks before a kernel runs: are these ordinary tensors, and do they fit each other? Every answer
-// is taken from DLPack's table in a fraction of the time that Python's attributes take. Needs CPython alone.
+// What the eager front needs before a kernel runs: whether these are ordinary tensors that fit each other, and memory
+// for the results. Through DLPack's table both take a fraction of what torch's Python functions take. Needs CPython
+// alone.
 #pragma once
 
 #include <Python.h>
 
 namespace pyattn {
+
+// Positions in Operands and AttentionConfig, the tuples of pyattn/_problem.py.
+enum Operand { kQ, kK, kV, kBias, kSinks, kMask, kLengths, kStarts, kQSegments, kKvSegments, kSeed, kOperandCount };
+enum Number { kScale, kSoftcap, kDropoutP, kAlign, kLeft, kRight, kPrefix, kNumberCount };
 
 // Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may redefine everything.
 bool is_exact_tensor(PyObject* object);
@@ -19,7 +24,8 @@ bool is_exact_tensor(PyObject* object);
 //     As plain(*operands), and 0 as well unless the operands fit each other, the numbers are in range, and nothing is
 //     asked for that the kernels do not compute. The arguments are the two tuples of pyattn/_problem.py.
 //   empty_rows(q) -> Tensor
-//     Uninitialised, q's shape without its last dimension, float32 (float64 for float64): where lse goes.
+//     Uninitialised, q's shape without its last dimension, float32 (float64 for float64): where lse goes. As a DLPack
+//     tensor it cannot be resized.
 bool add_operands(PyObject* module);
 
 }  // namespace pyattn

@@ -18,10 +18,10 @@ struct MaskSummary {
   int64_t units, groups = 0;  // of one matrix
   int64_t count = 0;          // of all
 
-  explicit MaskSummary(const AttentionProblem& p) : units((p.S + kUnit - 1) / kUnit) {
+  explicit MaskSummary(const AttentionProblem& p) : units(p.mask.col == 0 ? 1 : (p.S + kUnit - 1) / kUnit) {
     if (p.mask.data == nullptr) return;
     groups = p.mask.row == 0 ? 1 : (p.L + kMR - 1) / kMR;
-    blocks.col = 1;
+    blocks.col = p.mask.col == 0 ? 0 : 1;
     blocks.row = p.mask.row == 0 ? 0 : units;
     blocks.head = p.mask.head == 0 ? 0 : groups * units;
     count = groups * units * (p.mask.head == 0 ? 1 : p.Hq);
@@ -94,7 +94,7 @@ struct Visibility {
   const uint8_t* mask = nullptr;  // nullptr: no bool mask
   int64_t mask_row = 0, mask_col = 0;
   const GroupView* blocks = nullptr;  // the mask's summary
-  int64_t blocks_row = 0;
+  int64_t blocks_row = 0, blocks_col = 0;
 
   Visibility(const AttentionProblem& p, const MaskSummary& summary, int64_t b, int64_t h)
       : S(p.S), causal(p.causal), diagonal(p.diagonal), prefix(p.prefix) {
@@ -104,6 +104,7 @@ struct Visibility {
     mask_col = p.mask.col;
     blocks = static_cast<const GroupView*>(summary.blocks.data) + matrix_offset(p, summary.blocks, b, h);
     blocks_row = summary.blocks.row;
+    blocks_col = summary.blocks.col;
   }
 
   // Query i sees no key from row_end(i) on; it never decreases with i.
@@ -123,7 +124,7 @@ struct Visibility {
     for (int g = 0; g < row_groups(rows); ++g) {
       const int64_t last = first + smaller(rows, (g + 1) * kMR) - 1;
       GroupView view = {0, static_cast<uint8_t>(keys), false};
-      if (mask != nullptr) view = blocks[last / kMR * blocks_row + first_key / kUnit];
+      if (mask != nullptr) view = blocks[last / kMR * blocks_row + first_key / kUnit * blocks_col];
       view.end = static_cast<uint8_t>(columns(last, first_key, view.end));
       if (view.begin >= view.end) view = {};
       groups[g] = view;

@@ -108,7 +108,7 @@ inline const dlpack::DLExchangeAPI* exchange_api(PyTypeObject* type) {
   return find_exchange_api(type);
 }
 
-// Whether `object` can be read as a tensor at all: what an overload resolution or a type caster asks first.
+// Whether `object` can be read as a tensor at all.
 inline bool is_tensor_like(PyObject* object) {
   return exchange_api(Py_TYPE(object)) != nullptr || PyObject_HasAttrString(object, "__dlpack__");
 }

@@ -110,7 +110,7 @@ def weights_and_gradient(
         kept = kept_tile(seed_ptr, b, h, offs_m, n0, keep_from, BLOCK_M, BLOCK_N)
         if TRANSPOSED:
             kept = tl.trans(kept)
-        p_kept = tl.where(kept, p, 0.0)
+        p_kept = tl.where(kept, p, p * 0.0)  # a NaN stays one
         dp = tl.where(kept, dp * keep_scale.to(dp.dtype), 0.0)
     ds = p * (dp - delta_row)
     if PASS != OPEN or bias is not None:

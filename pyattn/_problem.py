@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .masks import LOWER_RIGHT
+from .masks import LOWER_RIGHT, check_causal
 
 
 class Operands(NamedTuple):
@@ -60,6 +60,7 @@ def check(operands: Operands, config: AttentionConfig, names: _checks.Names = _c
     """All that can be known before a kernel runs; the op may be called without the typed front."""
     o, c = operands, config
     _checks.check_supported(o.sinks, o.lengths, o.starts, o.q_segments, o.kv_segments, c.softcap, c.left, c.right)
+    check_causal(c.align, c.right, c.prefix)
     _checks.check_attention(o.q, o.k, o.v, o.bias, o.mask, names)
     _checks.check_scale(c.scale, o.q.dtype)
     _checks.check_dropout_p(c.dropout_p)

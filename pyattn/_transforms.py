@@ -1,7 +1,7 @@
 """Attention under torch.func and forward-mode AD: grad, vmap, jvp, hessian, in any nesting.
 
 A pair of autograd.Functions, one for the forward and one for its backward, in `setup_context` style with static vmap
-and jvp. Plain eager calls do not come here: this style costs 20 us a call against 6 (see attention.py).
+and jvp. Plain eager calls do not come here: this style costs 50 us a call against 5 (see attention.py).
 """
 
 import functools

@@ -89,6 +89,18 @@ class LoweredMask(NamedTuple):
     prefix: int = 0
 
 
+def check_causal(align: int, right: int | None, prefix: int) -> None:
+    """What `lower` never makes, but a call of the dispatcher op may."""
+    if align not in (NO_ALIGN, UPPER_LEFT, LOWER_RIGHT):
+        raise ValueError(f"align: expected 0 (not causal), 1 (upper left) or 2 (lower right), got {align}")
+    if (right is None) != (align == NO_ALIGN):
+        raise ValueError(
+            f"align, right: a causal mask has right=0 and an align, others have neither, got {align}, {right}"
+        )
+    if prefix < 0 or (prefix > 0 and right is None):
+        raise ValueError(f"prefix: expected a number of keys of a causal mask, got {prefix} with right={right}")
+
+
 def lower(mask: Mask | Tensor | None, q_len: int, kv_len: int) -> LoweredMask:
     if mask is None:
         return LoweredMask()

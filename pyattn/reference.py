@@ -127,7 +127,8 @@ class _Scores:
         total = weights.sum(dim=-1)
         empty = total == 0
         total = torch.where(empty, 1.0, total)
-        self.weights = weights / total.unsqueeze(-1)
+        # Selected once more: where the total is NaN, so would be the quotient at a key that is not attended to.
+        self.weights = torch.where(self.attend, weights / total.unsqueeze(-1), 0.0)
         self.lse = torch.where(empty, -torch.inf, pivot + torch.log(total))
 
     def poison(self, rows: Tensor) -> Tensor:

@@ -363,6 +363,19 @@ def test_attended_infinity_of_no_weight(operand: str) -> None:
     assert not pyattn.attention(problem.q, problem.k, problem.v).isfinite().any()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bias", [math.nan, math.inf])
+def test_a_row_lost_by_its_bias_reaches_no_masked_key(bias: float, backend: pyattn._dispatch.BackendName) -> None:
+    problem = make((1,), 1, 1, 5, 7, 3, 3, causal=pyattn.Causal("upper_left"))
+    problem = replace(problem, bias=torch.zeros(5, 7))
+    problem.bias[2, 1] = bias
+    with pyattn.use_backend(backend):
+        results = run(problem)
+    assert not results.out[..., 2, :].isfinite().any()
+    for gradient in (results.dk, results.dv):
+        assert not gradient[..., :3, :].isfinite().any() and gradient[..., 3:, :].isfinite().all()
+
+
 # ---- derivative ------------------------------------------------------------------------------------------------------
 
 
@@ -456,6 +469,15 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 call(4099)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
+
+
+@pytest.mark.parametrize("shape", [(157, 1), (1, 203), (3, 1, 1, 1)])
+def test_mask_that_broadcasts(shape: tuple[int, ...]) -> None:
+    """To the bit as the same mask written out, whose summary has a view for every unit of keys."""
+    problem = make((3,), 2, 2, 157, 203, 8, 8)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(5)) < 0.6
+    written_out = mask.broadcast_to(3, 2, 157, 203).clone()
+    assert_bitwise(run(replace(problem, mask=mask)), run(replace(problem, mask=written_out)), f"mask {shape}")
 
 
 def test_memory_is_linear() -> None:

@@ -237,6 +237,27 @@ def test_the_ops_need_a_seed_for_dropout(way: str) -> None:
     expect(way, {"dropout_p": 0.5}, ValueError, "^seed: dropout_p=0.5 needs a 0-d int64 tensor, got None")
 
 
+@pytest.mark.parametrize("way", [way for way in WAYS if "op" in way])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"align": 7, "right": 0}, "^align: expected 0 .*, got 7"),
+        ({"align": 1}, "^align, right: .*, got 1, None"),
+        ({"right": 0}, "^align, right: .*, got 0, 0"),
+        ({"align": 1, "right": 0, "prefix": -5}, "^prefix: .*, got -5 with right=0"),
+        ({"prefix": 3}, "^prefix: .*, got 3 with right=None"),
+    ],
+)
+def test_the_ops_refuse_scalars_that_mean_nothing(way: str, arguments: Arguments, message: str) -> None:
+    expect(way, arguments, ValueError, message)
+
+
+@pytest.mark.parametrize("missing", ["q", "k", "v"])
+def test_an_operand_that_is_missing_is_not_ready(missing: str) -> None:
+    operands = Operands(**{name: GOOD[name] for name in ("q", "k", "v")})._replace(**{missing: None})
+    assert pyattn._C.attention_ready(operands, AttentionConfig(1.0)) == 0
+
+
 IDS = torch.zeros(2, 7, dtype=torch.int64)
 NOT_YET: dict[str, Arguments] = {
     "softcap": {"softcap": 30.0},

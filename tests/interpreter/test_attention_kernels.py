@@ -210,6 +210,13 @@ def check_rows(results: Results, truth: Results) -> None:
             assert torch.equal(x.isfinite().all(-1), x_ref.isfinite().all(-1)), name
 
 
+@pytest.mark.parametrize("name", ["q", "do"])
+def test_a_lost_query_is_lost_to_dropped_keys_too(name: str) -> None:
+    p = make(1, heads=(1, 1), dropout_p=0.5, seed=3)
+    getattr(p, name)[..., 11, 4] = math.nan
+    check_rows(run(p), accuracy.truth(p))
+
+
 @given(st.data())
 @settings(max_examples=20)
 def test_any_problem(data: st.DataObject) -> None:
