@@ -5,7 +5,7 @@ The layers, downwards; a call goes through them in this order::
     attention.py                 public functions: types, checks, autograd
       _types.py  _checks.py      what annotations say, and what they cannot
       masks.py  _problem.py      the op's operands and scalars
-      _dispatch.py               which backend runs it, and why the others refuse
+      _dispatch.py               which backend runs it, and why the others refuse; _attention_backends.py has the list
         csrc/                    C++ kernels (pyattn._C), one variant per instruction set
         kernels/                 Triton kernels (pyattn.kernels)
         reference.py             the definition, in plain PyTorch

@@ -1,7 +1,8 @@
-"""Which backend runs a problem, and why the others do not.
+"""Which backend runs a problem of an op, and why the others do not.
 
-Backends stand in order of preference. Each answers with its reasons to refuse a problem, and the first with none runs
-it. The reference never runs unless `use_backend("reference")` asks for it: nothing falls back silently.
+An `Op` has its kernels in order of preference. Each answers with its reasons to refuse a problem, and the first with
+none runs it. The reference never runs unless `use_backend("reference")` asks for it: nothing falls back silently. Where
+torch's own is the better choice, the op says why, and the backend is named "torch".
 """
 
 import contextlib
@@ -14,194 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import _C, reference
-from ._problem import AttentionConfig, Gradients, Operands, empty_gradients, empty_lse, empty_out, kernel_arguments
+from . import _C
 
-BackendName = Literal["cpu", "triton", "reference"]
-
-
-class Backend(Protocol):
-    """One implementation of the op."""
-
-    name: BackendName
-    memory: str
-
-    def isa(self) -> str:
-        """The instruction set or architecture that its kernels are compiled for."""
-        ...
-
-    def missing(self) -> str | None:
-        """Why the backend cannot run at all here, or None."""
-        ...
-
-    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
-        """Reasons not to run this problem; empty if it can."""
-        ...
-
-    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        """out, and lse if asked for: inference has no use for it."""
-        ...
-
-    def backward(
-        self,
-        do: Tensor,
-        dlse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        operands: Operands,
-        config: AttentionConfig,
-        bias_grad: bool,
-    ) -> Gradients: ...
-
-
-class CpuBackend:
-    """The C++ kernels of csrc/."""
-
-    name: BackendName = "cpu"
-    memory = "O(q_len + kv_len)"
-    MAX_DIMS = 8  # csrc/tensor_view.h: shapes are copied into fixed arrays
-
-    def isa(self) -> str:
-        return _C.isa()
-
-    def missing(self) -> str | None:
-        return None
-
-    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
-        q = operands.q
-        if q.is_cpu and q.dim() <= self.MAX_DIMS:  # the common case, in a tenth of a microsecond
-            return ()
-        reasons = []
-        if not q.is_cpu:
-            reasons.append(f"query is on {q.device}, not on the CPU")
-        if q.dim() > self.MAX_DIMS:
-            reasons.append(f"query has {q.dim()} dimensions, more than {self.MAX_DIMS}")
-        return reasons
-
-    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        out = empty_out(operands.q, operands.v.shape[-1])
-        lse = _C.empty_rows(operands.q) if with_lse else None
-        _C.attention_forward(operands, config, out, lse, torch.get_num_threads())
-        return out, lse
-
-    def backward(
-        self,
-        do: Tensor,
-        dlse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        operands: Operands,
-        config: AttentionConfig,
-        bias_grad: bool,
-    ) -> Gradients:
-        gradients = empty_gradients(operands, bias_grad)
-        _C.attention_backward(do, dlse, out, lse, operands, config, gradients, torch.get_num_threads())
-        return gradients
-
-
-class TritonBackend:
-    """The Triton kernels of kernels/, imported on first use: `import pyattn` works without triton."""
-
-    name: BackendName = "triton"
-    memory = "O(q_len + kv_len)"
-    OLDEST = (8, 0)  # tensor cores for bfloat16 and float32, and the shared memory that kernels/_configs.py counts on
-
-    def isa(self) -> str:
-        if not torch.cuda.is_available():
-            return "none"
-        major, minor = torch.cuda.get_device_capability()
-        return f"sm_{major}{minor}"
-
-    def missing(self) -> str | None:
-        return _triton_missing()
-
-    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
-        q = operands.q
-        reasons = []
-        if not q.is_cuda:
-            reasons.append(f"query is on {q.device}, not on a CUDA device")
-        if (missing := self.missing()) is not None:
-            reasons.append(missing)
-        elif q.is_cuda and (capability := torch.cuda.get_device_capability(q.device)) < self.OLDEST:
-            major, minor = capability
-            reasons.append(f"{q.device} is sm_{major}{minor}; the kernels need sm_80 or newer")
-        return reasons
-
-    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        from .kernels import attention as kernels
-
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        out, lse = empty_out(q, v.shape[-1]), empty_lse(q)
-        kernels.attention_forward(q, k, v, bias, mask, seed, out, lse, **kernel_arguments(operands, config)._asdict())
-        return out, lse
-
-    def backward(
-        self,
-        do: Tensor,
-        dlse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        operands: Operands,
-        config: AttentionConfig,
-        bias_grad: bool,
-    ) -> Gradients:
-        from .kernels import attention as kernels
-
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        gradients = empty_gradients(operands, bias_grad)
-        kernels.attention_backward(
-            do, dlse, q, k, v, out, lse, bias, mask, seed, *gradients, **kernel_arguments(operands, config)._asdict()
-        )
-        return gradients
-
-
-class ReferenceBackend:
-    """The definition itself."""
-
-    name: BackendName = "reference"
-    memory = "O(q_len * kv_len)"
-
-    def isa(self) -> str:
-        return "torch"
-
-    def missing(self) -> str | None:
-        return None
-
-    def refusals(self, operands: Operands, config: AttentionConfig) -> Sequence[str]:
-        return []
-
-    def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        result, lse = reference.attention_forward(
-            q, k, v, bias, mask, seed, **kernel_arguments(operands, config)._asdict()
-        )
-        out = empty_out(q, v.shape[-1])
-        return out.copy_(result), lse
-
-    def backward(
-        self,
-        do: Tensor,
-        dlse: Tensor | None,
-        out: Tensor,
-        lse: Tensor,
-        operands: Operands,
-        config: AttentionConfig,
-        bias_grad: bool,
-    ) -> Gradients:
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        dq, dk, dv, dbias = reference.attention_backward(
-            do, dlse, q, k, v, bias, mask, seed, **kernel_arguments(operands, config)._asdict()
-        )
-        gradients = empty_gradients(operands, bias_grad)
-        for gradient, computed in zip(gradients, (dq, dk, dv, dbias), strict=True):
-            if gradient is not None and computed is not None:
-                gradient.copy_(computed)
-        return gradients
+BackendName = Literal["cpu", "triton", "torch", "reference"]
 
 
 @functools.cache
@@ -215,9 +36,76 @@ def _triton_missing() -> str | None:
     return None
 
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (CpuBackend(), TritonBackend(), ReferenceBackend())}
-_ON_REQUEST = "reference"
-_UNASKED = tuple(b for b in BACKENDS.values() if b.name != _ON_REQUEST)
+def _cuda_architecture() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+class Backend(NamedTuple):
+    """Where kernels run."""
+
+    name: BackendName
+    isa: Callable[[], str]  # the instruction set or architecture that its kernels are compiled for
+    missing: Callable[[], str | None] = lambda: None  # why it cannot run at all here
+    on_request: bool = False  # runs only inside use_backend
+
+
+CPU = Backend("cpu", _C.isa)  # the C++ kernels of csrc/
+TRITON = Backend("triton", _cuda_architecture, _triton_missing)  # the Triton kernels of kernels/
+TORCH = Backend("torch", lambda: "torch")  # torch's own function
+REFERENCE = Backend("reference", lambda: "torch", on_request=True)  # the definition, reference.py
+BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, TRITON, TORCH, REFERENCE)}
+
+CPU_MAX_DIMS = 8  # csrc/tensor_view.h: shapes are copied into fixed arrays
+
+
+def cpu_refusals(name: str, tensor: Tensor) -> Sequence[str]:
+    """What the C++ kernels have against the op's main operand."""
+    if tensor.is_cpu and tensor.dim() <= CPU_MAX_DIMS:  # the common case, in a tenth of a microsecond
+        return ()
+    reasons = []
+    if not tensor.is_cpu:
+        reasons.append(f"{name} is on {tensor.device}, not on the CPU")
+    if tensor.dim() > CPU_MAX_DIMS:
+        reasons.append(f"{name} has {tensor.dim()} dimensions, more than {CPU_MAX_DIMS}")
+    return reasons
+
+
+# Tensor cores for bfloat16 and float32, and the shared memory that kernels/_configs.py counts on.
+OLDEST_GPU = (8, 0)
+
+
+def triton_refusals(name: str, tensor: Tensor) -> Sequence[str]:
+    """What the Triton kernels have against the op's main operand."""
+    reasons = []
+    if not tensor.is_cuda:
+        reasons.append(f"{name} is on {tensor.device}, not on a CUDA device")
+    if (missing := _triton_missing()) is not None:
+        reasons.append(missing)
+    elif tensor.is_cuda and (capability := torch.cuda.get_device_capability(tensor.device)) < OLDEST_GPU:
+        major, minor = capability
+        reasons.append(f"{tensor.device} is sm_{major}{minor}; the kernels need sm_80 or newer")
+    return reasons
+
+
+class Kernels(Protocol):
+    """One op on one backend. What its forward and backward take is the op's own business."""
+
+    backend: Backend
+    memory: str
+
+    def refusals(self, operands: Any, config: Any) -> Sequence[str]:
+        """Reasons not to run this problem; empty if it can."""
+        ...
+
+
+class TorchFunction(NamedTuple):
+    """torch's own function for an op: no pair of kernels, but differentiable as it stands."""
+
+    memory: str
+    preferred: Callable[[Any, Any], str | None]  # (operands, config) -> why it is better than the kernels, or None
 
 
 class _Request(NamedTuple):
@@ -305,7 +193,7 @@ class _Explained(BaseException):
 def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
     """Which backend ``fn(*args, **kwargs)`` would run on, why, and why not on the others.
 
-    `fn` is one of pyattn's attention functions. All checks are made, so a wrong call raises here as it would there; no
+    `fn` is one of pyattn's functions. All checks are made, so a wrong call raises here as it would there; no
     kernel runs and no random number is drawn.
     """
     token = _request.set(_request.get()._replace(explain=True))
@@ -323,42 +211,84 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation
     raise TypeError(f"explain: {fn!r} made no pyattn call")
 
 
-def choose(operands: Operands, config: AttentionConfig) -> Backend:
-    """The first backend that takes the problem; NotImplementedError with every backend's reasons if none does."""
-    request = _request.get()
-    if request is _NO_REQUEST:
-        for backend in _UNASKED:
-            if not backend.refusals(operands, config):
-                return backend
-    refusals: dict[str, tuple[str, ...]] = {b.name: _why_not(b, request, operands, config) for b in BACKENDS.values()}
-    chosen = next((BACKENDS[name] for name, reasons in refusals.items() if not reasons), None)
-    if chosen is None:
-        raise NotImplementedError(_no_backend(operands, refusals))
-    if not request.explain:
+K = TypeVar("K", bound=Kernels)
+
+
+class Op(Generic[K]):
+    """An op and what can run it, in order of preference."""
+
+    def __init__(self, name: str, kernels: Sequence[K], torch_function: TorchFunction | None = None) -> None:
+        self.name = name
+        self.kernels: dict[str, K] = {k.backend.name: k for k in kernels}
+        self._unasked = tuple(k for k in kernels if not k.backend.on_request)
+        self._torch = torch_function
+
+    def choose(self, operands: Any, config: Any) -> K:
+        """The first kernels that take the problem; NotImplementedError with everybody's reasons if none do."""
+        request = _request.get()
+        if request is _NO_REQUEST:
+            for kernels in self._unasked:
+                if not kernels.refusals(operands, config):
+                    return kernels
+        refusals = self._refusals(request, operands, config)
+        chosen = next((self.kernels[name] for name, reasons in refusals.items() if not reasons), None)
+        if chosen is None:
+            raise NotImplementedError(_no_backend(operands, refusals))
+        if request.explain:
+            self._explain(chosen.backend, chosen.memory, request, "the first in order to take the problem", refusals)
         return chosen
-    del refusals[chosen.name]
-    reason = (
-        f"use_backend({chosen.name!r}) asks for it" if request.backend else "the first in order to take the problem"
-    )
-    raise _Explained(Explanation("attention", chosen.name, chosen.isa(), chosen.memory, reason, refusals))
+
+    def prefers_torch(self, operands: Any, config: Any) -> bool:
+        """Whether torch's own function is to run the problem: because it is better there, or asked for."""
+        assert self._torch is not None
+        request = _request.get()
+        if request.backend not in (None, TORCH.name):
+            return False
+        reason = self._torch.preferred(operands, config)
+        if reason is None and request.backend is None:
+            return False
+        if request.explain:
+            self._explain(TORCH, self._torch.memory, request, reason, self._refusals(request, operands, config))
+        return True
+
+    def _refusals(self, request: _Request, operands: Any, config: Any) -> dict[str, tuple[str, ...]]:
+        refusals: dict[str, tuple[str, ...]] = {
+            name: _why_not(kernels, request, operands, config) for name, kernels in self.kernels.items()
+        }
+        if self._torch is not None:
+            refusals[TORCH.name] = _not_asked(TORCH, request) or ("pyattn's kernels are the better choice here",)
+        elif request.backend == TORCH.name:
+            refusals[TORCH.name] = (f"is no backend of {self.name}",)
+        return refusals
+
+    def _explain(
+        self,
+        backend: Backend,
+        memory: str,
+        request: _Request,
+        reason: str | None,
+        refusals: dict[str, tuple[str, ...]],
+    ) -> NoReturn:
+        if request.backend is not None:
+            reason = f"use_backend({backend.name!r}) asks for it"
+        others = {name: reasons or ("comes later in order",) for name, reasons in refusals.items()}
+        others.pop(backend.name, None)
+        raise _Explained(Explanation(self.name, backend.name, backend.isa(), memory, reason or "", others))
 
 
-def forward_with_lse(operands: Operands, config: AttentionConfig) -> tuple[Tensor, Tensor]:
-    out, lse = choose(operands, config).forward(operands, config, with_lse=True)
-    assert lse is not None
-    return out, lse
+def _why_not(kernels: Kernels, request: _Request, operands: Any, config: Any) -> tuple[str, ...]:
+    if request.backend is None and kernels.backend.on_request:
+        return (f"runs only inside use_backend({kernels.backend.name!r})",)
+    return (*_not_asked(kernels.backend, request), *kernels.refusals(operands, config))
 
 
-def _why_not(backend: Backend, request: _Request, operands: Operands, config: AttentionConfig) -> tuple[str, ...]:
-    if request.backend is None and backend.name == _ON_REQUEST:
-        return (f"runs only inside use_backend({backend.name!r})",)
-    reasons = backend.refusals(operands, config)
-    if request.backend is not None and request.backend != backend.name:
-        return (f"use_backend({request.backend!r}) is in force", *reasons)
-    return tuple(reasons)
+def _not_asked(backend: Backend, request: _Request) -> tuple[str, ...]:
+    if request.backend in (None, backend.name):
+        return ()
+    return (f"use_backend({request.backend!r}) is in force",)
 
 
-def _no_backend(operands: Operands, refusals: dict[str, tuple[str, ...]]) -> str:
+def _no_backend(operands: Any, refusals: dict[str, tuple[str, ...]]) -> str:
     tensors = [
         f"  {name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
         for name, tensor in operands._asdict().items()
@@ -383,6 +313,6 @@ def show_config() -> None:
     for backend in BACKENDS.values():
         missing = backend.missing()
         state = f"missing: {missing}" if missing else f"available, {backend.isa()}"
-        rows.append((f"backend {backend.name}", state + (", on request only" if backend.name == _ON_REQUEST else "")))
+        rows.append((f"backend {backend.name}", state + (", on request only" if backend.on_request else "")))
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {text}" for name, text in rows))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _dispatch
+from ._attention_backends import ATTENTION, forward_with_lse
 from ._checks import check_dense, check_seed
 from ._composite import backward_vjp
 from ._problem import AttentionConfig, Operands, check, empty_lse, empty_out
@@ -56,7 +57,7 @@ def _check(operands: Operands, config: AttentionConfig) -> None:
 def _forward(*args: Any) -> tuple[Tensor, Tensor]:
     operands, config = _split(args)
     _check(operands, config)
-    return _dispatch.forward_with_lse(operands, config)
+    return forward_with_lse(operands, config)
 
 
 def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
@@ -71,8 +72,8 @@ def _backward(
     operands, config = _split(args[:-1])
     _check(operands, config)
     check_dense("gradient of the output", do)
-    backend = _dispatch.choose(operands, config)
-    dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, operands, config, bias_grad=args[-1])
+    kernels = ATTENTION.choose(operands, config)
+    dq, dk, dv, dbias = kernels.backward(do, dlse, out, lse, operands, config, bias_grad=args[-1])
     return dq, dk, dv, do.new_empty(0) if dbias is None else dbias, do.new_empty(0)
 
 

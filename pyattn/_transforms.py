@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _C, _dispatch
+from ._attention_backends import ATTENTION, forward_with_lse
 from ._composite import backward_jvp, backward_vjp, forward_jvp
 from ._problem import AttentionConfig, Gradients, Operands
 
@@ -41,7 +42,7 @@ class Transformable(torch.autograd.Function):
         if not _C.plain(q, k, v, bias, mask, seed):
             out, lse = torch.ops.pyattn.attention_forward(*operands, *config)
             return out, lse
-        return _dispatch.forward_with_lse(operands, config)
+        return forward_with_lse(operands, config)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -82,8 +83,8 @@ class _TransformableBackward(torch.autograd.Function):
         *tensors, config = args
         operands = _operands(*tensors)
         if _C.plain(do, dlse, out, lse, *tensors):
-            backend = _dispatch.choose(operands, config)
-            dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, operands, config, bias_grad)
+            kernels = ATTENTION.choose(operands, config)
+            dq, dk, dv, dbias = kernels.backward(do, dlse, out, lse, operands, config, bias_grad)
         else:
             dq, dk, dv, dbias, _ = torch.ops.pyattn.attention_backward(
                 do, dlse, out, lse, *operands, *config, bias_grad

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import _C, _dispatch, reference
+from ._attention_backends import ATTENTION, AttentionKernels
 from ._checks import NAMES, Names, ShapeError, check_dropout_p, check_seed
 from ._problem import AttentionConfig, Operands, check
 from ._transforms import Transformable, transformable_backward
@@ -249,7 +250,7 @@ def _attend(
         check(operands, config, names)
         if query.is_meta:
             return _call_op(operands, config, dropout_seed)
-    backend = _dispatch.choose(operands, config)
+    kernels = ATTENTION.choose(operands, config)
     if _under_transforms():
         seed = _seed(dropout_p, dropout_seed, query)
         return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return, no-untyped-call]
@@ -258,8 +259,8 @@ def _attend(
     if dropout_p > 0.0:
         operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
     if ready == _WITH_GRAD and torch.is_grad_enabled():
-        return _apply_attention(query, key, value, bias, operands, config, backend)
-    return backend.forward(operands, config, with_lse)
+        return _apply_attention(query, key, value, bias, operands, config, kernels)
+    return kernels.forward(operands, config, with_lse)
 
 
 _SDPA_NAMES = Names(bias="attn_mask", mask="attn_mask")
@@ -290,19 +291,19 @@ class _Attention(torch.autograd.Function):
         bias: Tensor | None,
         operands: Operands,  # holds the four before it, which stand alone because autograd looks no deeper
         config: AttentionConfig,
-        backend: _dispatch.Backend,
+        kernels: AttentionKernels,
     ) -> tuple[Tensor, Tensor | None]:
-        out, lse = backend.forward(operands, config, with_lse=True)
+        out, lse = kernels.forward(operands, config, with_lse=True)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, out, lse)
-        ctx.config, ctx.backend = config, backend
+        ctx.config, ctx.kernels = config, kernels
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         do, dlse = grads
         *tensors, out, lse = ctx.saved_tensors
-        config, backend = ctx.config, ctx.backend
+        config, kernels = ctx.config, ctx.kernels
         bias_grad = tensors[3] is not None and ctx.needs_input_grad[3]
         do = torch.zeros_like(out) if do is None else do
         # The gradients come from outside, and the saved tensors through hooks: what was plain may not be so now.
@@ -310,9 +311,9 @@ class _Attention(torch.autograd.Function):
             torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _under_transforms()
         )
         if direct:
-            dq, dk, dv, dbias = backend.backward(do, dlse, out, lse, Operands(*tensors), config, bias_grad)
+            dq, dk, dv, dbias = kernels.backward(do, dlse, out, lse, Operands(*tensors), config, bias_grad)
         else:
-            dq, dk, dv, dbias = _indirect_backward(do, dlse, out, lse, Operands(*tensors), config, backend, bias_grad)
+            dq, dk, dv, dbias = _indirect_backward(do, dlse, out, lse, Operands(*tensors), config, kernels, bias_grad)
         return dq, dk, dv, dbias, None, None, None
 
 
@@ -329,11 +330,11 @@ def _indirect_backward(
     lse: Tensor,
     operands: Operands,
     config: AttentionConfig,
-    backend: _dispatch.Backend,
+    kernels: AttentionKernels,
     bias_grad: bool,
 ) -> tuple[Tensor | None, ...]:
     """The backward of `_Attention` where it is itself differentiated, mapped, or traced."""
-    with _dispatch.requesting(backend.name):
+    with _dispatch.requesting(kernels.backend.name):
         if _under_transforms():
             dlse = torch.zeros_like(lse) if dlse is None else dlse
             q, k, v, bias = operands[:4]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import pyattn
-from pyattn import _dispatch
+from pyattn import _C, _dispatch
+from pyattn._attention_backends import ATTENTION, TritonAttention
 from pyattn._problem import AttentionConfig
 
 
@@ -47,7 +48,7 @@ def test_explain_runs_no_kernel_and_draws_no_number(qkv: tuple[Tensor, ...], mon
     def no_kernel(*args: object) -> None:
         raise AssertionError("a kernel ran")
 
-    monkeypatch.setattr(_dispatch._C, "attention_forward", no_kernel)
+    monkeypatch.setattr(_C, "attention_forward", no_kernel)
     state = torch.get_rng_state()
     pyattn.explain(pyattn.attention, *(x.requires_grad_() for x in qkv), dropout_p=0.5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -97,7 +98,7 @@ def test_triton_refuses_old_gpus(
     on_gpu: Any = SimpleNamespace(q=SimpleNamespace(is_cuda=True, device=torch.device("cuda", 1)))
     monkeypatch.setattr(_dispatch, "_triton_missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert _dispatch.TritonBackend().refusals(on_gpu, AttentionConfig(1.0)) == reasons
+    assert TritonAttention().refusals(on_gpu, AttentionConfig(1.0)) == reasons
 
 
 def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +108,7 @@ def test_triton_refuses_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_backend_is_an_error() -> None:
-    with pytest.raises(ValueError, match="expected one of 'cpu', 'triton', 'reference', got 'cuda'"):
+    with pytest.raises(ValueError, match="expected one of 'cpu', 'triton', 'torch', 'reference', got 'cuda'"):
         pyattn.use_backend("cuda")
     with pytest.raises(ValueError, match=r"got \['cpu'\]"):
         pyattn.use_backend(["cpu"])
@@ -127,10 +128,10 @@ def test_the_backward_uses_the_backend_of_its_forward(
     create_graph: bool, qkv: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name, backend in _dispatch.BACKENDS.items():
-        original = backend.backward
+    for name, kernels in ATTENTION.kernels.items():
+        original = kernels.backward
         monkeypatch.setattr(
-            backend,
+            kernels,
             "backward",
             lambda *a, name=name, original=original, **k: (calls.append(name), original(*a, **k))[1],
         )

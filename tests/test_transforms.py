@@ -6,7 +6,7 @@ from torch import Tensor
 
 import pyattn
 from pyattn import reference
-from pyattn._dispatch import CpuBackend
+from pyattn._attention_backends import CpuAttention
 from pyattn._problem import AttentionConfig, Operands
 
 SCALE = 0.4
@@ -79,14 +79,14 @@ def test_torch_func(name: str, with_bias: bool, qkv: tuple[Tensor, ...], bias: T
 def bias_gradients(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Filled with, for each backward of the backend, whether it computed a bias gradient."""
     computed = []
-    backward = CpuBackend.backward
+    backward = CpuAttention.backward
 
     def spy(*args, **options):
         gradients = backward(*args, **options)
         computed.append(gradients[3] is not None)
         return gradients
 
-    monkeypatch.setattr(CpuBackend, "backward", spy)
+    monkeypatch.setattr(CpuAttention, "backward", spy)
     return computed
 
 
