@@ -1,7 +1,7 @@
 """Builds the C++ core, pyattn._C; all static metadata is in pyproject.toml.
 
 The core knows no Torch, so building needs only setuptools and pybind11, and one binary serves every torch.
-csrc/attention_kernel.cpp holds the algorithms once and is compiled once per instruction set, with that set's flags;
+csrc/kernels.cpp holds the algorithms once and is compiled once per instruction set, with that set's flags;
 csrc/dispatch.cpp picks among the compiled variants when the extension is first used.
 """
 
@@ -19,7 +19,7 @@ from setuptools import setup
 from setuptools.errors import CCompilerError, CompileError, PlatformError
 
 CSRC = Path("csrc")
-KERNELS = [CSRC / "attention_kernel.cpp"]
+KERNELS = [CSRC / "kernels.cpp"]
 SOURCES = ["bindings.cpp", "operands.cpp", "signature.cpp", "dispatch.cpp", "cpu_features.cpp"]
 HEADERS = sorted(str(p) for p in CSRC.glob("*.h"))
 

@@ -7,11 +7,11 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace pyattn {
 
 constexpr int kMaxBatchRank = 5;
-
-enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // A tensor [*batch, head, row, col]. `data` is nullptr where an optional tensor is absent.
 struct Tensor {
@@ -57,10 +57,9 @@ struct AttentionBackward : AttentionProblem {
   Tensor dbias;  // optional; stride 0 where bias is broadcast, which is what tells the kernel where to sum
 };
 
-// One compiled variant. The functions return when the work is done, throw nothing but std::bad_alloc, and give bitwise
+// The functions return when the work is done, throw nothing but std::bad_alloc, and give bitwise
 // the same result for any number of threads.
 struct AttentionKernels {
-  const char* isa;
   void (*forward)(const AttentionForward&);
   void (*backward)(const AttentionBackward&);
 };

@@ -7,10 +7,10 @@
 
 namespace pyattn {
 
-// Defined by attention_kernel.cpp, once per variant.
-#define PYATTN_DECLARE_VARIANT(variant)     \
-  namespace variant {                       \
-  extern const AttentionKernels kAttention; \
+// Defined by kernels.cpp, once per variant.
+#define PYATTN_DECLARE_VARIANT(variant) \
+  namespace variant {                   \
+  extern const Kernels kKernels;        \
   }
 PYATTN_DECLARE_VARIANT(avx512)
 PYATTN_DECLARE_VARIANT(avx2)
@@ -20,19 +20,19 @@ PYATTN_DECLARE_VARIANT(base)
 namespace {
 
 struct Variant {
-  const AttentionKernels* kernels;
+  const Kernels* kernels;
   bool (*available)();
 };
 
 // In order of preference; the last one runs everywhere.
 constexpr Variant kVariants[] = {
 #ifdef PYATTN_HAVE_AVX512
-    {&avx512::kAttention, cpu_has_avx512},
+    {&avx512::kKernels, cpu_has_avx512},
 #endif
 #ifdef PYATTN_HAVE_AVX2
-    {&avx2::kAttention, cpu_has_avx2},
+    {&avx2::kKernels, cpu_has_avx2},
 #endif
-    {&base::kAttention, [] { return true; }},
+    {&base::kKernels, [] { return true; }},
 };
 
 std::string join(const std::vector<std::string>& names) {
@@ -41,7 +41,7 @@ std::string join(const std::vector<std::string>& names) {
   return text;
 }
 
-const AttentionKernels& choose() {
+const Kernels& choose() {
   const char* forced = std::getenv("PYATTN_ISA");
   if (forced != nullptr && *forced == '\0') forced = nullptr;
   for (const Variant& variant : kVariants) {
@@ -59,8 +59,8 @@ const AttentionKernels& choose() {
 
 }  // namespace
 
-const AttentionKernels& attention_kernels() {
-  static const AttentionKernels& chosen = choose();
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
   return chosen;
 }
 

@@ -20,6 +20,23 @@ def attention_backward(
     gradients: tuple[Tensor | None, ...],
     threads: int,
 ) -> None: ...
+def cross_entropy_forward(
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float, ...],
+    loss: Tensor,
+    m: Tensor | None,
+    l: Tensor | None,
+    threads: int,
+) -> int: ...
+def cross_entropy_backward(
+    dloss: Tensor,
+    m: Tensor,
+    l: Tensor,
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float, ...],
+    dinput: Tensor,
+    threads: int,
+) -> int: ...
 def isa() -> str: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...

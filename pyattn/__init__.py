@@ -31,6 +31,7 @@ from .attention import (
     dropout_mask,
     scaled_dot_product_attention,
 )
+from .losses import cross_entropy
 from .masks import Causal
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "attention",
     "attention_with_lse",
     "compute_attention",
+    "cross_entropy",
     "dropout_mask",
     "explain",
     "scaled_dot_product_attention",

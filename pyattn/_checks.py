@@ -227,3 +227,71 @@ def check_supported(
             f"{' and '.join(missing)}: part of the op's schema, but no backend (cpu, triton, reference) computes "
             "it yet. A bool mask or a bias expresses windows, lengths and segments today."
         )
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+
+REDUCTIONS = ("none", "mean", "sum")
+INDEX_DTYPES = (torch.int64, torch.uint8)  # torch's
+
+
+def check_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
+) -> None:
+    """Everything about a cross-entropy that a kernel relies on, except that the indices are classes."""
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if tensor is None:
+            continue
+        check_dense(name, tensor)
+        if tensor.device != input.device:
+            raise DeviceError(f"{name}: expected input's device {input.device}, got {tensor.device}")
+    if input.dim() == 0:
+        raise ShapeError("input: expected shape (classes,) or (batch, classes, *positions), got ()")
+    if input.dtype not in DTYPES:
+        raise DtypeError(f"input: expected one of float32, bfloat16, float16, float64, got {input.dtype}")
+    class_axis = min(input.dim() - 1, 1)
+    classes, rows = input.shape[class_axis], (*input.shape[:class_axis], *input.shape[class_axis + 1 :])
+    if target.shape == input.shape:
+        if target.dtype not in DTYPES:
+            raise DtypeError(
+                f"target: expected class probabilities in a floating dtype, since it has input's shape "
+                f"{shape_text(input)}, got {target.dtype}; class indices have shape {rows}"
+            )
+        if ignore_index >= 0:
+            raise ValueError(f"ignore_index: does not apply to class probabilities, got {ignore_index}")
+    elif target.shape != rows:
+        raise ShapeError(
+            f"target: expected shape {rows} for class indices, or input's {shape_text(input)} for class probabilities, "
+            f"got {shape_text(target)}"
+        )
+    elif target.dtype not in INDEX_DTYPES:
+        raise DtypeError(
+            f"target: expected int64 or uint8 class indices, since it has shape {rows}, got {target.dtype}; "
+            "target.long() converts"
+        )
+    if weight is not None:
+        if weight.shape != (classes,):
+            raise ShapeError(f"weight: expected shape ({classes},), a number per class, got {shape_text(weight)}")
+        expected = DTYPES if target.is_floating_point() else (input.dtype,)
+        if weight.dtype not in expected:
+            raise DtypeError(
+                f"weight: expected input's dtype {input.dtype}, got {weight.dtype}; weight.to(input.dtype) converts"
+            )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Looks at every index; kernels do so on the way, and come here for the words."""
+    if target.is_floating_point():
+        return
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        where = f" at position {position if len(position) > 1 else position[0]}" if position else ""
+        raise IndexError(
+            f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, got "
+            f"{int(target[position])}{where}"
+        )

@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, NamedTuple, NoReturn, Protocol, TypeVa
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C
 
@@ -57,6 +58,12 @@ TRITON = Backend("triton", _cuda_architecture, _triton_missing)  # the Triton ke
 TORCH = Backend("torch", lambda: "torch")  # torch's own function
 REFERENCE = Backend("reference", lambda: "torch", on_request=True)  # the definition, reference.py
 BACKENDS: dict[str, Backend] = {b.name: b for b in (CPU, TRITON, TORCH, REFERENCE)}
+
+
+def under_transforms() -> bool:
+    """Inside torch.func's transforms or forward-mode AD, where a call must be differentiable by their rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
 
 CPU_MAX_DIMS = 8  # csrc/tensor_view.h: shapes are copied into fixed arrays
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _C, _dispatch, reference
 from ._attention_backends import ATTENTION, AttentionKernels
@@ -251,7 +250,7 @@ def _attend(
         if query.is_meta:
             return _call_op(operands, config, dropout_seed)
     kernels = ATTENTION.choose(operands, config)
-    if _under_transforms():
+    if _dispatch.under_transforms():
         seed = _seed(dropout_p, dropout_seed, query)
         return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return, no-untyped-call]
     if not ready or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
@@ -267,10 +266,6 @@ _SDPA_NAMES = Names(bias="attn_mask", mask="attn_mask")
 _ONE_HEAD_NAMES = Names(heads="batch")
 _EVERYTHING, _UPPER_LEFT_TRIANGLE = LoweredMask(), LoweredMask(align=UPPER_LEFT, right=0)
 _WITH_GRAD = 2  # _C.attention_ready: an operand requires grad
-
-
-def _under_transforms() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _call_op(operands: Operands, config: AttentionConfig, dropout_seed: int | Tensor | None) -> tuple[Tensor, Tensor]:
@@ -308,7 +303,7 @@ class _Attention(torch.autograd.Function):
         do = torch.zeros_like(out) if do is None else do
         # The gradients come from outside, and the saved tensors through hooks: what was plain may not be so now.
         direct = _C.plain(do, dlse, out, lse, *tensors) and not (
-            torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _under_transforms()
+            torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _dispatch.under_transforms()
         )
         if direct:
             dq, dk, dv, dbias = kernels.backward(do, dlse, out, lse, Operands(*tensors), config, bias_grad)
@@ -335,7 +330,7 @@ def _indirect_backward(
 ) -> tuple[Tensor | None, ...]:
     """The backward of `_Attention` where it is itself differentiated, mapped, or traced."""
     with _dispatch.requesting(kernels.backend.name):
-        if _under_transforms():
+        if _dispatch.under_transforms():
             dlse = torch.zeros_like(lse) if dlse is None else dlse
             q, k, v, bias = operands[:4]
             mask, seed = operands.mask, operands.seed

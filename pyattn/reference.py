@@ -226,3 +226,84 @@ def attention_backward(
 def _sum_group(grad: Tensor, group: int) -> Tensor:
     """The gradient of repeat_interleave over heads: the sum over each kv head's query heads."""
     return grad if group == 1 else grad.unflatten(-3, (-1, group)).sum(dim=-3)
+
+
+# ---- cross-entropy ---------------------------------------------------------------------------------------------------
+
+
+class _CrossEntropy:
+    """What forward and backward of cross-entropy share; the class axis is last."""
+
+    def __init__(
+        self, input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float
+    ) -> None:
+        self.class_axis = min(input.dim() - 1, 1)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        self.x = input.to(dtype).movedim(self.class_axis, -1)
+        classes = self.x.shape[-1]
+        w = torch.ones(classes, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+        smooth = label_smoothing / max(classes, 1)
+        if target.is_floating_point():
+            t = target.to(dtype).movedim(self.class_axis, -1)
+            self.valid = torch.ones(self.x.shape[:-1], dtype=torch.bool, device=input.device)
+            self.counts = torch.ones((), dtype=torch.bool, device=input.device)
+            self.total_weight = self.valid.sum() * min(classes, 1)
+        else:
+            self.valid = target != ignore_index
+            one_hot = target.unsqueeze(-1) == torch.arange(classes, device=input.device)
+            t = one_hot.to(dtype)
+            # A class without a share takes no part, even if its logit is -inf.
+            self.counts = one_hot | (smooth != 0.0)
+            self.total_weight = torch.where(self.valid, (t * w).sum(dim=-1), 0.0).sum()
+        self.q = w * ((1.0 - label_smoothing) * t + smooth)
+        self.x = torch.where(self.valid.unsqueeze(-1), self.x, 0.0)  # an ignored row does not exist, whatever it holds
+        m = self.x.detach().amax(dim=-1) if classes else torch.zeros_like(self.valid, dtype=dtype)
+        self.m = torch.where(m == -torch.inf, 0.0, m)
+        self.l = torch.where(self.valid, torch.exp(self.x - self.m.unsqueeze(-1)).sum(dim=-1), 1.0)
+
+
+@_exact
+def cross_entropy_forward(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the softmax's state m, the maximum of a row, and l, the sum of exp(x - m) over its classes.
+
+    With shares q_c = w_c ((1 - smoothing) t_c + smoothing / C), t being the class probabilities or 1 at the class
+    index, a row's loss is the sum over c of q_c (log sum_d exp(x_d) - x_c); 0 if its index is ignored (then m = 0 and
+    l = 1). "mean" divides the sum of all by the sum of the indices' weights, or by the number of rows if the target
+    holds probabilities. Shapes: input ``[classes]`` or ``[batch, classes, *positions]``; target without the class axis
+    (indices) or of input's shape (probabilities). The loss has input's dtype; m and l are float32 (float64).
+    """
+    s = _CrossEntropy(input, target, weight, ignore_index, label_smoothing)
+    terms = s.q * (torch.log(s.l).unsqueeze(-1) + (s.m.unsqueeze(-1) - s.x))
+    rows = torch.where(s.counts & s.valid.unsqueeze(-1), terms, 0.0).sum(dim=-1)
+    loss = rows if reduction == "none" else rows.sum()
+    loss = loss / s.total_weight if reduction == "mean" else loss
+    return loss.to(input.dtype), s.m, s.l
+
+
+@_exact
+def cross_entropy_backward(
+    dloss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """The gradient for input from that of the loss: dloss (sum(q) softmax(x) - q), 0 in ignored rows."""
+    s = _CrossEntropy(input, target, weight, ignore_index, label_smoothing)
+    g = dloss.to(s.x.dtype)
+    g = g / s.total_weight if reduction == "mean" else g
+    p = torch.exp(s.x - s.m.unsqueeze(-1)) / s.l.unsqueeze(-1)
+    gradient = g.unsqueeze(-1) * (s.q.sum(dim=-1, keepdim=True) * p - s.q)
+    gradient = torch.where(s.valid.unsqueeze(-1), gradient, 0.0)
+    return gradient.movedim(-1, s.class_axis).to(input.dtype)

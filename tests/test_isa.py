@@ -67,7 +67,7 @@ def test_kernels_define_no_weak_symbol(tmp_path: Path) -> None:
     trivial is inlined, as in every build, and what is not is seen."""
     kernel, widest = tmp_path / "kernel.o", ["-march=x86-64-v4"] if platform.machine() == "x86_64" else []
     flags = ["-std=c++17", "-O1", "-fopenmp", "-DPYATTN_VARIANT=probe", f"-I{CSRC}", *widest]
-    subprocess.run(["c++", *flags, "-c", str(CSRC / "attention_kernel.cpp"), "-o", str(kernel)], check=True)
+    subprocess.run(["c++", *flags, "-c", str(CSRC / "kernels.cpp"), "-o", str(kernel)], check=True)
     symbols = [line.split()[-2:] for line in subprocess.check_output(["nm", str(kernel)], text=True).splitlines()]
     assert len(symbols) > 10
     assert {name for kind, name in symbols if kind in "uVWvw"} <= HARMLESS

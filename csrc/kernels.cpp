@@ -1,4 +1,4 @@
-// The attention kernels of one instruction set: compiled once per variant with that variant's flags (setup.py), into
+// The kernels of all ops for one instruction set: compiled once per variant with that variant's flags (setup.py), into
 // the namespace PYATTN_VARIANT.
 //
 // Everything is in an anonymous namespace and no standard template is used, so that no weak symbol compiled for one
@@ -23,6 +23,8 @@
 #endif
 
 #include "attention.h"
+#include "cross_entropy.h"
+#include "kernel_table.h"
 
 namespace pyattn {
 namespace PYATTN_VARIANT {
@@ -41,9 +43,10 @@ constexpr int kUnit = 64;
 #include "scores-inl.h"
 #include "attention_fwd-inl.h"
 #include "attention_bwd-inl.h"
+#include "cross_entropy-inl.h"
 // clang-format on
 
-void forward(const AttentionForward& p) {
+void attention_forward(const AttentionForward& p) {
   if (p.q.dtype == Dtype::kFloat64) {
     attention_forward<double>(p);
   } else {
@@ -52,7 +55,7 @@ void forward(const AttentionForward& p) {
   trim_scratch();
 }
 
-void backward(const AttentionBackward& p) {
+void attention_backward(const AttentionBackward& p) {
   if (p.q.dtype == Dtype::kFloat64) {
     attention_backward<double>(p);
   } else {
@@ -61,13 +64,29 @@ void backward(const AttentionBackward& p) {
   trim_scratch();
 }
 
+int64_t cross_entropy_forward(const CrossEntropyForward& p) {
+  const int64_t bad_row = p.input.dtype == Dtype::kFloat64 ? CrossEntropyForwardRows<double>(p).run()
+                                                           : CrossEntropyForwardRows<float>(p).run();
+  trim_scratch();
+  return bad_row;
+}
+
+int64_t cross_entropy_backward(const CrossEntropyBackward& p) {
+  const int64_t bad_row = p.input.dtype == Dtype::kFloat64 ? CrossEntropyBackwardRows<double>(p).run()
+                                                           : CrossEntropyBackwardRows<float>(p).run();
+  trim_scratch();
+  return bad_row;
+}
+
 #define PYATTN_NAME(variant) PYATTN_STRING(variant)
 #define PYATTN_STRING(text) #text
 
 }  // namespace
 
-extern const AttentionKernels kAttention;
-const AttentionKernels kAttention = {PYATTN_NAME(PYATTN_VARIANT), forward, backward};
+extern const Kernels kKernels;
+const Kernels kKernels = {PYATTN_NAME(PYATTN_VARIANT),
+                          {attention_forward, attention_backward},
+                          {cross_entropy_forward, cross_entropy_backward}};
 
 }  // namespace PYATTN_VARIANT
 }  // namespace pyattn

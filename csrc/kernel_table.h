@@ -1,0 +1,15 @@
+// The kernels of one compiled variant.
+#pragma once
+
+#include "attention.h"
+#include "cross_entropy.h"
+
+namespace pyattn {
+
+struct Kernels {
+  const char* isa;
+  AttentionKernels attention;
+  CrossEntropyKernels cross_entropy;
+};
+
+}  // namespace pyattn

@@ -1,0 +1,151 @@
+"""Losses: the public functions, and their derivative in eager mode.
+
+As for attention: a call is checked, given to a backend, and differentiated by the backend's own backward. Where torch's
+own function is the better choice, it is called as it stands, and `pyattn.explain` says why.
+"""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from . import _C, _dispatch, reference
+from ._cross_entropy import (
+    CROSS_ENTROPY,
+    CrossEntropyConfig,
+    CrossEntropyKernels,
+    CrossEntropyOperands,
+    check,
+    torch_cross_entropy,
+)
+from ._types import typed
+
+
+@typed
+def cross_entropy(
+    input: Float[Tensor, "..."],
+    target: Shaped[Tensor, "..."],
+    weight: Float[Tensor, " classes"] | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["none", "mean", "sum"] = "mean",
+    label_smoothing: float | int = 0.0,
+) -> Float[Tensor, "..."]:
+    """`torch.nn.functional.cross_entropy`: its semantics, in one pass over the logits forward and one backward.
+
+    A row's loss is ``sum over classes c of q_c (logsumexp(x) - x_c)`` with the shares
+    ``q_c = weight_c ((1 - label_smoothing) t_c + label_smoothing / classes)``, where t is 1 at the class index and 0
+    elsewhere, or the class probabilities.
+
+    Args:
+        input: the logits x, ``[classes]`` or ``[batch, classes, *positions]``; float32, bfloat16, float16 or float64,
+            any strides: the class axis is read where it lies.
+        target: class indices in ``[0, classes)``, int64 or uint8, of input's shape without the class axis; or class
+            probabilities, floating and of input's shape.
+        weight: a factor per class, in input's dtype.
+        ignore_index: rows of this index have loss 0 and gradient 0, and do not count for the mean.
+        reduction: "none" gives a loss per row, "sum" their sum, "mean" that divided by the sum of the weights of the
+            indices (with probabilities: by the number of rows).
+        label_smoothing: the part of each target, in [0, 1], that is spread over all classes.
+
+    Returns:
+        The loss in input's dtype.
+
+    Numerics:
+        Exponentials and sums within a row are float32 (float64 for float64), the sum over rows is float64; the loss
+        is rounded once. On the CPU it is bitwise the same for any number of threads.
+
+    Corner cases:
+        * A mean over nothing (no rows, all ignored, all weights 0) is NaN, as torch's; ignored rows have gradient 0.
+        * What an ignored row holds, be it NaN, reaches nothing.
+        * A logit of -inf has probability 0; as a target it makes the loss infinite, and probabilities or smoothing,
+          which multiply every class, make it infinite or NaN, as in torch.
+        * An index that is neither a class nor `ignore_index` is an error on the CPU, before anything is computed. On
+          a GPU, where looking at it would wait for the device, it makes the loss NaN; no memory beyond is read.
+        * Gradients are those of input. Where target or weight needs one, and under torch.func's transforms and forward
+          mode AD, torch's own function runs; so it does for up to 16384 logits, where it is faster.
+
+    Raises:
+        ShapeError, DtypeError, DeviceError, ValueError: an argument does not fit, or is out of its range.
+        IndexError: a class index is out of range (CPU).
+        NotImplementedError: the backend asked for does not take the problem.
+
+    References:
+        Label smoothing: Szegedy et al., "Rethinking the Inception architecture", 2016, section 7. Online softmax:
+        Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
+
+    >>> logits, labels = torch.randn(8, 1000), torch.randint(1000, (8,))
+    >>> cross_entropy(logits, labels, label_smoothing=0.1).shape
+    torch.Size([])
+    """
+    operands = CrossEntropyOperands(input, target, weight)
+    config = CrossEntropyConfig(reduction, ignore_index, label_smoothing)
+    if torch.compiler.is_dynamo_compiling():
+        if target.requires_grad or (weight is not None and weight.requires_grad):
+            return torch.nn.functional.cross_entropy(*operands, **config._asdict())
+        return _call_op(operands, config)
+    if CROSS_ENTROPY.prefers_torch(operands, config):
+        return torch_cross_entropy(operands, config)
+
+    check(operands, config)
+    operands = _autocast(operands)
+    if input.is_meta:
+        return _call_op(operands, config)
+    kernels = CROSS_ENTROPY.choose(operands, config)
+    plain = _C.plain(*operands)
+    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return _call_op(operands, config)
+    if plain == _WITH_GRAD and torch.is_grad_enabled():
+        return _CrossEntropy.apply(operands.input, operands, config, kernels)  # type: ignore[no-any-return, no-untyped-call]
+    return kernels.forward(operands, config)[0]
+
+
+_WITH_GRAD = 2  # _C.plain: an operand requires grad
+
+
+def _call_op(operands: CrossEntropyOperands, config: CrossEntropyConfig) -> Tensor:
+    """The dispatcher's way, for everything that has no data of its own: graphs, fake tensors, subclasses, modes."""
+    return torch.ops.pyattn.cross_entropy_forward(*_autocast(operands), *config)[0]  # type: ignore[no-any-return]
+
+
+def _autocast(operands: CrossEntropyOperands) -> CrossEntropyOperands:
+    """As torch does under autocast: half types are computed, and returned, in float32, inside autograd."""
+    if operands.input.is_meta or not torch.is_autocast_enabled(operands.input.device.type):
+        return operands
+    input, target, weight = operands
+    return CrossEntropyOperands(_widen(input), _widen(target), None if weight is None else _widen(weight))
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The derivative in eager mode, `ctx` in `forward` as in attention.py."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        operands: CrossEntropyOperands,  # holds the input, which stands alone because autograd looks no deeper
+        config: CrossEntropyConfig,
+        kernels: CrossEntropyKernels,
+    ) -> Tensor:
+        loss, m, l = kernels.forward(operands, config)
+        ctx.save_for_backward(*operands, m, l)
+        ctx.config, ctx.kernels = config, kernels
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, m, l = ctx.saved_tensors
+        operands = CrossEntropyOperands(*tensors)
+        direct = _C.plain(dloss, m, l, *operands) and not (
+            torch.is_grad_enabled() or torch._C._len_torch_dispatch_stack() or _dispatch.under_transforms()
+        )
+        if direct:
+            dinput = ctx.kernels.backward(dloss, m, l, operands, ctx.config)
+        else:  # the backward is itself differentiated, mapped or traced: its definition can be, in O(rows * classes)
+            dinput = reference.cross_entropy_backward(dloss, *operands, **ctx.config._asdict())
+        return dinput, None, None, None
