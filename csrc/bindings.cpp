@@ -10,6 +10,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "operands.h"
 #include "signature.h"
 #include "tensor_view.h"
@@ -333,16 +334,24 @@ void bind_loss(py::handle object, const char* name, const CrossEntropyProblem& p
   to.data = view.data;
 }
 
+// Whether the elements fill their memory, in the order of the axes.
+bool is_dense(const TensorView& view) {
+  int64_t stride = 1;
+  for (int d = view.ndim - 1; d >= 0; --d) {
+    if (view.shape[d] != 1 && view.strides[d] != stride) return false;
+    stride *= view.shape[d];
+  }
+  return true;
+}
+
 // m or l: a dense row's each, in the compute type.
 void* bind_state(py::handle object, const char* name, const CrossEntropyProblem& p, TensorView& view) {
   read(object, name, view);
-  int64_t stride = 1;
   bool fits = view.ndim == p.row_rank && floating_dtype(view, name) == accumulation_dtype(p.input.dtype);
-  for (int d = view.ndim - 1; fits && d >= 0; --d) {
-    fits = view.shape[d] == p.row_shape[d] && (view.strides[d] == stride || view.shape[d] == 1);
-    stride *= view.shape[d];
+  for (int d = 0; fits && d < view.ndim; ++d) fits = view.shape[d] == p.row_shape[d];
+  if (!fits || (view.numel() > 0 && !is_dense(view))) {
+    throw py::value_error(std::string(name) + " is not a dense tensor of a number per row");
   }
-  if (!fits && p.rows > 0) throw py::value_error(std::string(name) + " is not a dense tensor of a number per row");
   return view.data;
 }
 
@@ -372,6 +381,9 @@ int64_t cross_entropy_backward(py::handle dloss, py::handle m, py::handle l, con
   p.m = bind_state(m, "m", p, m_view);
   p.l = bind_state(l, "l", p, l_view);
   bind_rows(dinput, "dinput", p, false, dinput_view, p.dinput);
+  if (is_dense(dinput_view)) {
+    prefer_huge_pages(dinput_view.data, static_cast<size_t>(dinput_view.numel() * dinput_view.dtype.bits / 8));
+  }
   const CrossEntropyKernels& cross_entropy = kernels().cross_entropy;
   const py::gil_scoped_release release;
   return cross_entropy.backward(p);

@@ -66,8 +66,10 @@ class CrossEntropyKernels(Protocol):
 
     def refusals(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> Sequence[str]: ...
 
-    def forward(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> tuple[Tensor, Tensor, Tensor]:
-        """loss, m, l: see reference.py."""
+    def forward(
+        self, operands: CrossEntropyOperands, config: CrossEntropyConfig, with_state: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """loss, and, if asked for, m and l: see reference.py. Inference has no use for them."""
         ...
 
     def backward(
@@ -86,9 +88,14 @@ class CpuCrossEntropy:
     def refusals(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> Sequence[str]:
         return (*cpu_refusals("input", operands.input), *_only_torch(operands))
 
-    def forward(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, operands: CrossEntropyOperands, config: CrossEntropyConfig, with_state: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         input = operands.input
-        loss, m, l = empty_loss(input, config.reduction), empty_state(input), empty_state(input)
+        loss, m, l = empty_loss(input, config.reduction), None, None
+        if with_state:
+            rows = input.movedim(1, -1) if input.dim() > 2 else input
+            m, l = _C.empty_rows(rows), _C.empty_rows(rows)
         bad_row = _C.cross_entropy_forward(operands, config, loss, m, l, torch.get_num_threads())
         if bad_row >= 0:
             _refuse_indices(operands, config)
@@ -113,7 +120,9 @@ class TritonCrossEntropy:
     def refusals(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> Sequence[str]:
         return (*triton_refusals("input", operands.input), *_only_torch(operands))
 
-    def forward(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, operands: CrossEntropyOperands, config: CrossEntropyConfig, with_state: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         from .kernels import cross_entropy as kernels
 
         input = operands.input
@@ -140,7 +149,9 @@ class ReferenceCrossEntropy:
     def refusals(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> Sequence[str]:
         return ()
 
-    def forward(self, operands: CrossEntropyOperands, config: CrossEntropyConfig) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, operands: CrossEntropyOperands, config: CrossEntropyConfig, with_state: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         check_class_indices(operands.target, _classes(operands.input), config.ignore_index)
         return reference.cross_entropy_forward(*operands, **config._asdict())
 
@@ -160,7 +171,7 @@ def torch_cross_entropy(operands: CrossEntropyOperands, config: CrossEntropyConf
             input,
             target,
             weight,
-            _REDUCTION_ENUM[reduction],  # type: ignore[arg-type] # torch's stub is wrong
+            REDUCTION_ENUM[reduction],  # type: ignore[arg-type] # torch's stub is wrong
             ignore_index,
             label_smoothing,
         )
@@ -170,10 +181,10 @@ def torch_cross_entropy(operands: CrossEntropyOperands, config: CrossEntropyConf
         raise
 
 
-_REDUCTION_ENUM = {"none": 0, "mean": 1, "sum": 2}
+REDUCTION_ENUM = {"none": 0, "mean": 1, "sum": 2}
 
 # Up to this many logits torch's call is the faster one, by the cost of a Python autograd function; see the benchmark.
-TORCH_LOGITS = 16384
+TORCH_LOGITS = 49152
 
 
 def _torch_preferred(operands: CrossEntropyOperands, config: CrossEntropyConfig) -> str | None:
@@ -203,6 +214,12 @@ def _refuse_indices(operands: CrossEntropyOperands, config: CrossEntropyConfig) 
 
 def _classes(input: Tensor) -> int:
     return input.shape[min(input.dim() - 1, 1)]
+
+
+def forward_with_state(operands: CrossEntropyOperands, config: CrossEntropyConfig) -> tuple[Tensor, Tensor, Tensor]:
+    loss, m, l = CROSS_ENTROPY.choose(operands, config).forward(operands, config, with_state=True)
+    assert m is not None and l is not None
+    return loss, m, l
 
 
 CROSS_ENTROPY: Op[CrossEntropyKernels] = Op(

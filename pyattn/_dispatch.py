@@ -151,6 +151,10 @@ class use_backend:
         _request.reset(self._tokens.pop())
 
 
+def nothing_requested() -> bool:
+    return _request.get() is _NO_REQUEST
+
+
 def requested() -> str | None:
     """The backend that `use_backend` asks for here; a forward keeps it for its backward, which may run elsewhere."""
     return _request.get().backend
