@@ -21,7 +21,9 @@ except ModuleNotFoundError as error:
         "pyattn's C++ core (pyattn._C) is not built. In the repository: pip install -e . (it takes a C++17 compiler)"
     ) from error
 
+from . import _cross_entropy_ops as _cross_entropy_ops
 from . import _ops as _ops
+from . import nn as nn
 from ._checks import DeviceError, DtypeError, ShapeError
 from ._dispatch import Explanation, explain, show_config, use_backend
 from .attention import (
@@ -46,6 +48,7 @@ __all__ = [
     "cross_entropy",
     "dropout_mask",
     "explain",
+    "nn",
     "scaled_dot_product_attention",
     "show_config",
     "use_backend",

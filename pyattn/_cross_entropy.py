@@ -3,7 +3,7 @@
 The fields of the two tuples stand in the order of the op's schema; csrc/bindings.cpp reads them by position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -162,26 +162,22 @@ class ReferenceCrossEntropy:
         return torch.empty_like(operands.input).copy_(gradient)
 
 
+# torch.nn.functional's without the Python around it. (Its stub is wrong about the reduction.)
+call_torch: Callable[[Tensor, Tensor, Tensor | None, int, int, float], Tensor]
+call_torch = torch._C._nn.cross_entropy_loss  # type: ignore[assignment]
+REDUCTION_ENUM = {"none": 0, "mean": 1, "sum": 2}
+
+
 def torch_cross_entropy(operands: CrossEntropyOperands, config: CrossEntropyConfig) -> Tensor:
-    """torch's own function, without the Python around it; errors are pyattn's, where pyattn has one."""
-    input, target, weight = operands
+    """torch's own function; errors are pyattn's, where pyattn has one."""
     reduction, ignore_index, label_smoothing = config
     try:
-        return torch._C._nn.cross_entropy_loss(
-            input,
-            target,
-            weight,
-            REDUCTION_ENUM[reduction],  # type: ignore[arg-type] # torch's stub is wrong
-            ignore_index,
-            label_smoothing,
-        )
-    except (IndexError, RuntimeError, ValueError):
+        return call_torch(*operands, REDUCTION_ENUM[reduction], ignore_index, label_smoothing)
+    except (LookupError, RuntimeError, ValueError):
         check(operands, config)
         check_class_indices(operands.target, _classes(operands.input), ignore_index)
         raise
 
-
-REDUCTION_ENUM = {"none": 0, "mean": 1, "sum": 2}
 
 # Up to this many logits torch's call is the faster one, by the cost of a Python autograd function; see the benchmark.
 TORCH_LOGITS = 49152

@@ -25,10 +25,10 @@ _TENSORS = (
 _SCALARS = "float scale, float softcap, float dropout_p, int align, SymInt? left, SymInt? right, SymInt prefix"
 _N_TENSORS = len(Operands._fields)
 
-_LIBRARY = torch.library.Library("pyattn", "DEF")
-_LIBRARY.define(f"attention_forward({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)")
+LIBRARY = torch.library.Library("pyattn", "DEF")
+LIBRARY.define(f"attention_forward({_TENSORS}, {_SCALARS}) -> (Tensor out, Tensor lse)")
 # dbias and dsinks are empty unless asked for: an op cannot return None.
-_LIBRARY.define(
+LIBRARY.define(
     f"attention_backward(Tensor do, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, {_SCALARS}, bool bias_grad) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)"
 )
@@ -89,18 +89,18 @@ def _backward_fake(
 
 
 # One implementation for all devices: which backend runs is decided by _dispatch, with reasons, not by a dispatch key.
-_LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=_LIBRARY)
+LIBRARY.impl("attention_forward", _forward, "CompositeExplicitAutograd")
+LIBRARY.impl("attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("pyattn::attention_forward", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("pyattn::attention_backward", _backward_fake, lib=LIBRARY)
 
 
-def _no_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    raise NotImplementedError("torch.ops.pyattn has no batching rule; call pyattn.attention under torch.vmap")
+def refuse_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotImplementedError("torch.ops.pyattn has no batching rule; call pyattn's functions under torch.vmap")
 
 
-torch.library.register_vmap("pyattn::attention_forward", _no_vmap, lib=_LIBRARY)
-torch.library.register_vmap("pyattn::attention_backward", _no_vmap, lib=_LIBRARY)
+torch.library.register_vmap("pyattn::attention_forward", refuse_vmap, lib=LIBRARY)
+torch.library.register_vmap("pyattn::attention_backward", refuse_vmap, lib=LIBRARY)
 
 
 # ---- derivatives of the ops ------------------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def _backward_derivative(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, 
 
 
 torch.library.register_autograd(
-    "pyattn::attention_forward", _forward_derivative, setup_context=_forward_setup, lib=_LIBRARY
+    "pyattn::attention_forward", _forward_derivative, setup_context=_forward_setup, lib=LIBRARY
 )
 torch.library.register_autograd(
-    "pyattn::attention_backward", _backward_derivative, setup_context=_backward_setup, lib=_LIBRARY
+    "pyattn::attention_backward", _backward_derivative, setup_context=_backward_setup, lib=LIBRARY
 )

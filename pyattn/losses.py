@@ -6,7 +6,7 @@ own function is the better choice, it is called as it stands, and `pyattn.explai
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, ParamSpec, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,15 +20,16 @@ from ._cross_entropy import (
     CrossEntropyConfig,
     CrossEntropyKernels,
     CrossEntropyOperands,
+    call_torch,
     check,
     torch_cross_entropy,
 )
 from ._types import typed
 
-P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-def _torch_first(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def _torch_first(function: F) -> F:
     """`function`, but small problems that nobody asks about go to torch at once.
 
     torch looks at the arguments itself, and what it refuses comes back to `function` for the words. To check them
@@ -47,9 +48,7 @@ def _torch_first(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         if not torch.compiler.is_dynamo_compiling():
             try:
                 if input.numel() <= TORCH_LOGITS and _dispatch.nothing_requested():
-                    return torch._C._nn.cross_entropy_loss(
-                        input, target, weight, REDUCTION_ENUM[reduction], ignore_index, label_smoothing
-                    )
+                    return call_torch(input, target, weight, REDUCTION_ENUM[reduction], ignore_index, label_smoothing)
             except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
                 pass
         return function(
@@ -61,7 +60,7 @@ def _torch_first(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
             label_smoothing=label_smoothing,
         )
 
-    return cast(Callable[P, Tensor], functools.update_wrapper(cross_entropy, function))
+    return cast(F, functools.update_wrapper(cross_entropy, function))
 
 
 @_torch_first

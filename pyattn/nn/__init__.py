@@ -1,0 +1,5 @@
+"""Thin modules over pyattn's functions, with torch.nn's names, constructors and state_dict keys."""
+
+from .loss import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss"]
