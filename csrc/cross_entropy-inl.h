@@ -20,11 +20,6 @@ constexpr int64_t kRowTile = kVectorBytes / 4;  // for rows whose classes are no
 // 512 x 30522 float32 (Zen 3, 32 MB of L3, one thread), and 0.9 where the gradient would have stayed.
 constexpr int64_t kStreamBytes = int64_t{24} << 20;
 
-template <class T>
-PYATTN_INLINE T log_of(T x) {
-  return sizeof(T) == 8 ? static_cast<T>(log(static_cast<double>(x))) : static_cast<T>(logf(static_cast<float>(x)));
-}
-
 // Calls f(c, count, x) with the vectors of n classes: whole ones, then the rest, filled up with zeros.
 template <class T, class S, class F>
 PYATTN_INLINE void for_classes(const S* row, int64_t first, int64_t end, const F& f) {
@@ -249,7 +244,7 @@ template <class T>
 struct CrossEntropy {
   const CrossEntropyProblem& p;
   const int64_t ld, chunk_rows, chunks;
-  T on, off;  // what a class gets of a target of 1, and what it gets besides
+  const double on, off;  // what a class gets of a target of 1, and what it gets besides
   T* weight = nullptr;
   ChunkSums* sums = nullptr;
   char* workers = nullptr;
@@ -260,8 +255,8 @@ struct CrossEntropy {
         ld(leading_dimension<T>(p.C)),
         chunk_rows((larger(kChunkElements / larger<int64_t>(p.C, 1), kRowTile) + kRowTile - 1) / kRowTile * kRowTile),
         chunks((p.rows + chunk_rows - 1) / chunk_rows),
-        on(static_cast<T>(1 - p.label_smoothing)),
-        off(static_cast<T>(p.label_smoothing / static_cast<double>(larger<int64_t>(p.C, 1)))) {
+        on(1 - p.label_smoothing),
+        off(p.label_smoothing / static_cast<double>(larger<int64_t>(p.C, 1))) {
     Carver one{nullptr};
     TileBuffers<T>(one, ld);
     worker_bytes = tiled ? one.bytes : 0;
@@ -375,7 +370,7 @@ struct CrossEntropy {
 
   template <class Q>
   Shares<T, Q> shares(const Q* t) const {
-    return {t, weight, on, off};
+    return {t, weight, static_cast<T>(on), static_cast<T>(off)};
   }
 };
 
@@ -384,29 +379,34 @@ struct CrossEntropyForwardRows : CrossEntropy<T> {
   const CrossEntropyForward& p;
 
   explicit CrossEntropyForwardRows(const CrossEntropyForward& problem)
-      : CrossEntropy<T>(problem, strided_classes(problem.input) || strided_classes(problem.probabilities)), p(problem) {}
+      : CrossEntropy<T>(problem, strided_classes(problem.input) || strided_classes(problem.probabilities)),
+        p(problem) {}
 
-  void store_loss(int64_t offset, T loss) const {
-    this->with_rows(p.loss, [&](auto* data) { store_some<T>(data + offset, 1, 1, broadcast(loss)); });
+  void store_loss(int64_t offset, double loss) const {
+    this->with_rows(p.loss, [&](auto* data) { store_some<T>(data + offset, 1, 1, broadcast(static_cast<T>(loss))); });
   }
 
+  // s log(l) + t, in double, since a row is long and this its end.
   template <class S, class Q>
-  T loss(int64_t row, const S* x, const Q* t) const {
-    const Shares<T, Q> shares = this->shares(t);
+  double loss(int64_t row, const S* x, const Q* probabilities) const {
     LossRow<T> r = {0, 1, 0, 0};
+    double s = 0, t = 0;
     if (this->by_probabilities()) {
-      r = loss_row<true>(x, p.C, shares);
+      r = loss_row<true>(x, p.C, this->shares(probabilities));
+      s = r.s, t = r.t;
     } else if (const int64_t y = this->index(row); y != p.ignore_index) {
-      r = this->spread() ? loss_row<true>(x, p.C, shares) : loss_row<false>(x, p.C, shares);
-      const T q = this->on * this->weight_of(y);
-      r.s += q;
-      r.t += q * (r.m - load_some<T>(x + y, 1, 1)[0]);
+      // Shares that are all alike are left out of the sums: 1 per class adds up without rounding.
+      const Shares<T, Q> ones = {nullptr, this->weight, 0, 1};
+      r = this->spread() ? loss_row<true>(x, p.C, ones) : loss_row<false>(x, p.C, ones);
+      const double q = this->on * static_cast<double>(this->weight_of(y));
+      s = q, t = q * static_cast<double>(r.m - load_some<T>(x + y, 1, 1)[0]);
+      if (this->spread()) s += this->off * r.s, t += this->off * r.t;
     }
     if (p.m != nullptr) {
       static_cast<T*>(p.m)[row] = r.m;
       static_cast<T*>(p.l)[row] = r.l;
     }
-    return r.s * log_of(r.l) + r.t;
+    return s * log(static_cast<double>(r.l)) + t;
   }
 
   int64_t run() const {
@@ -414,15 +414,15 @@ struct CrossEntropyForwardRows : CrossEntropy<T> {
     if (targets.bad_row >= 0) return targets.bad_row;
     this->for_chunks([&](int worker, int64_t first, int64_t end, ChunkSums& chunk) {
       const auto one = [&](int64_t row, const auto* x, const auto* t) {
-        const T row_loss = loss(row, x, t);
-        chunk.loss += static_cast<double>(row_loss);
+        const double row_loss = loss(row, x, t);
+        chunk.loss += row_loss;
         if (p.reduction == Reduction::kNone) store_loss(row_offset(p, p.loss, row), row_loss);
       };
       this->for_rows(worker, first, end, one, [](int64_t, int64_t, const T*) {});
     });
     const double sum = this->total().loss;
-    if (p.reduction == Reduction::kMean) store_loss(0, static_cast<T>(sum / targets.weight));
-    if (p.reduction == Reduction::kSum) store_loss(0, static_cast<T>(sum));
+    if (p.reduction == Reduction::kMean) store_loss(0, sum / targets.weight);
+    if (p.reduction == Reduction::kSum) store_loss(0, sum);
     return -1;
   }
 };
@@ -469,14 +469,15 @@ struct CrossEntropyBackwardRows : CrossEntropy<T> {
       for (int64_t c = 0; c < p.C; c += kWidth<T>) store_some<T>(to + c, 1, lanes_left<T>(p.C, c), Vec<T>{});
       return;
     }
-    const T w = this->weight_of(y), a = g * (this->on * w + this->off * weights) / l;
+    const T on = static_cast<T>(this->on), off = static_cast<T>(this->off), w = this->weight_of(y);
+    const T a = g * (on * w + off * weights) / l;
     const Vec<T> x_y = load_some<T>(x + y, 1, 1);  // read before `to`, which may be x, is written
     if (this->spread()) {
       gradient_row<true>(x, p.C, m, a, g, shares, to, past_caches);
     } else {
       gradient_row<false>(x, p.C, m, a, g, shares, to, past_caches);
     }
-    store_some<T>(to + y, 1, 1, exp(x_y - broadcast(m)) * a - broadcast(g * (this->on + this->off) * w));
+    store_some<T>(to + y, 1, 1, exp(x_y - broadcast(m)) * a - broadcast(g * (on + off) * w));
   }
 
   int64_t run() const {

@@ -29,8 +29,8 @@ struct CrossEntropyProblem {
   int64_t rows = 1, C = 0;  // rows is the product of row_shape
 
   RowTensor input;
-  RowTensor probabilities;       // of the classes, in input's dtype; if absent, there are
-  RowTensor indices;             // int64, or one byte each (the dtype field is not used)
+  RowTensor probabilities;  // of the classes, in input's dtype; if absent, there are
+  RowTensor indices;        // int64, or one byte each (the dtype field is not used)
   bool byte_indices = false;
   const void* weight = nullptr;  // [C], in input's dtype; optional
   int64_t weight_stride = 0;
@@ -43,7 +43,7 @@ struct CrossEntropyProblem {
 
 // m, the maximum of a row, and l, the sum of e^(x - m), are [rows] in the compute type: float, or double for double.
 struct CrossEntropyForward : CrossEntropyProblem {
-  RowTensor loss;            // in input's dtype; row strides are used if nothing is reduced
+  RowTensor loss;                   // in input's dtype; row strides are used if nothing is reduced
   void *m = nullptr, *l = nullptr;  // optional
 };
 

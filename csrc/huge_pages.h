@@ -13,9 +13,10 @@ namespace pyattn {
 // From this size on glibc's malloc may give memory fresh from the system at every call, whatever was freed before.
 constexpr size_t kLargeBytes = size_t{32} << 20;
 
-// Asks for huge pages under a large buffer, as NumPy does for its own: memory that the system gives page by page costs a
-// fault and a cleared page per 4 KB, which at 62 MB of float32 gradient is 50 ms, seven times what computing it takes;
-// with 2 MB pages it is 12 (Zen 3, a virtual machine). It is advice: where it cannot be followed, nothing happens.
+// Asks for huge pages under a large buffer, as NumPy does for its own: memory that the system gives page by page costs
+// a fault and a cleared page per 4 KB, which at 62 MB of float32 gradient is 50 ms, seven times what computing it
+// takes; with 2 MB pages it is 12 (Zen 3, a virtual machine). It is advice: where it cannot be followed, nothing
+// happens.
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;

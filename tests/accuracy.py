@@ -8,7 +8,9 @@ the yardstick's largest error, plus a floor for problems so small that the yards
 import math
 from collections.abc import Iterable, Sequence
 
+import loss_problems
 import torch
+from loss_problems import LossProblem
 from problems import Problem, Results
 from torch import Tensor
 
@@ -40,6 +42,20 @@ def check(results: Results, problem: Problem, expected: Results | None = None) -
         floor = FLOOR_EPS * finfo.eps * (_largest(size) + finfo.smallest_normal)
         try:
             assert_close(name, x, x_ref, x_pt, factor=FACTORS[dtype], floor=floor)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{problem}") from None
+
+
+def check_loss(results: loss_problems.Results, problem: LossProblem) -> None:
+    """The same for cross-entropy."""
+    finfo = torch.finfo(problem.input.dtype)
+    judges = (loss_problems.truth, loss_problems.yardstick, loss_problems.magnitude)
+    columns = (results, *(judge(problem) for judge in judges))
+    for name, x, x_ref, x_pt, size in zip(loss_problems.Results._fields, *columns, strict=True):
+        assert x.dtype == problem.input.dtype
+        floor = FLOOR_EPS * finfo.eps * (_largest(size.nan_to_num(0.0, 0.0, 0.0)) + finfo.smallest_normal)
+        try:
+            assert_close(name, x, x_ref, x_pt, factor=FACTORS[problem.input.dtype], floor=floor)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{problem}") from None
 

@@ -202,5 +202,19 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
     return view.copy_(x)
 
 
+def lay_out_classes(x: Tensor, layout: str) -> Tensor:
+    """The values of `x`, in which axis 1 is classes, in memory of another layout; what does not apply changes nothing.
+    "one row" repeats the first."""
+    if layout == "classes last" and x.dim() > 2:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "classes last" and x.dim() == 2:
+        return x.mT.contiguous().mT
+    if layout == "one row" and x.dim() > 1:
+        return x[:1].expand_as(x)
+    if x.is_floating_point() or layout in ("wide rows", "strided"):
+        return lay_out(x, layout)
+    return x.contiguous()
+
+
 def _nan(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.full(shape, True if like.dtype == torch.bool else torch.nan, dtype=like.dtype)
+    return torch.full(shape, torch.nan if like.is_floating_point() else True, dtype=like.dtype)
