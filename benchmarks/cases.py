@@ -28,8 +28,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 MASKS = ("full", "causal", "padding")
 DIRECTIONS = FORWARD, TRAINING = ("forward", "forward+backward")
 
-# The keys of a case's routes that have a part of their own: ours, and the one whose error bounds ours.
-PYATTN, YARDSTICK = "pyattn", "sdpa"
+# The key of our own among a case's routes.
+PYATTN = "pyattn"
 
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -56,6 +56,7 @@ class Case(Protocol):
     mask: str
     shape: Shape
     results: tuple[str, ...]  # names of what `truth` returns: the output, then the gradient of each input
+    yardstick: str  # the route whose error bounds ours
 
     def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
         """The inputs and the gradient of the output, in the case's dtype."""
@@ -106,6 +107,7 @@ class Attention:
     shape: Shape  # (B, H, S, D)
     op: str = "attention"
     results: tuple[str, ...] = ("out", "dq", "dk", "dv")
+    yardstick: str = "sdpa"
 
     def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
         # Drawn on the CPU, so that every device gets the same numbers.
@@ -129,7 +131,7 @@ class Attention:
         forced = SDPA_BACKENDS if device == "cuda" else {}
         return {
             PYATTN: Route(partial(pyattn.attention, mask=pyattn.Causal() if causal else padding)),
-            YARDSTICK: Route(sdpa),
+            self.yardstick: Route(sdpa),
             **{name: Route(sdpa, partial(sdpa_kernel, backend)) for name, backend in forced.items()},
             "formula": Route(partial(_formula, scale=self._scale, bias=self._bias(device))),
         }
@@ -239,4 +241,72 @@ def attention_suite(
     return [*cases, *tiny]
 
 
-SUITES = {"attention": attention_suite}
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The mean loss of class indices; with padding, every seventh row is ignored."""
+
+    dtype: str
+    mask: str
+    shape: Shape  # (rows, classes)
+    op: str = "cross_entropy"
+    results: tuple[str, ...] = ("loss", "dinput")
+    yardstick: str = "torch"
+
+    def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(self.shape, generator=generator).to(device, DTYPES[self.dtype])
+        return [logits], torch.ones((), device=device, dtype=logits.dtype)
+
+    def truth(self, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+        logits, target = inputs[0].double(), self._target(inputs[0].device.type)
+        loss, _, _ = pyattn.reference.cross_entropy_forward(logits, target)
+        return [loss, pyattn.reference.cross_entropy_backward(grad_out.double(), logits, target)]
+
+    def routes(self, device: str) -> dict[str, Route]:
+        target = self._target(device)
+        return {
+            PYATTN: Route(partial(pyattn.cross_entropy, target=target)),
+            self.yardstick: Route(partial(F.cross_entropy, target=target)),
+        }
+
+    def flops(self, direction: str) -> int:
+        """Per logit: e^(x - m) and its part of the sum, an exponential counted as one; backward, e^(x - m) and its
+        factor. Rows that are ignored are not asked for."""
+        return (3 if direction == FORWARD else 6) * self.shape[1] * self._counted_rows
+
+    def bytes(self, direction: str) -> int:
+        """The logits, read; backward too, read again, and their gradient, which ignored rows have as well."""
+        row = self.shape[1] * DTYPES[self.dtype].itemsize
+        return row * (self._counted_rows if direction == FORWARD else 2 * self._counted_rows + self.shape[0])
+
+    def smallest(self) -> "CrossEntropy":
+        return replace(self, shape=(2, self.shape[1]))
+
+    @property
+    def _counted_rows(self) -> int:
+        rows = self.shape[0]
+        return rows - math.ceil(rows / 7) if self.mask == "padding" else rows
+
+    def _target(self, device: str) -> Tensor:
+        target = torch.randint(self.shape[1], self.shape[:1], generator=torch.Generator().manual_seed(0))
+        if self.mask == "padding":
+            target[::7] = -100
+        return target.to(device)
+
+
+# A binary and a large classifier, and BERT's vocabulary with a batch of tokens. The first two are torch's own call.
+LOSS_SHAPES: tuple[Shape, ...] = ((32, 2), (256, 2), (2048, 1000), (512, 30522), (2048, 30522))
+
+
+def losses_suite(
+    shapes: Sequence[Shape] | None, dtypes: Sequence[str] | None, masks: Sequence[str] | None, quick: bool
+) -> list[Case]:
+    return [
+        CrossEntropy(dtype, mask, shape)
+        for dtype in dtypes or ("fp32", "bf16")
+        for mask in masks or ("padding",)
+        for shape in shapes or (LOSS_SHAPES[:3] if quick else LOSS_SHAPES)
+    ]
+
+
+SUITES = {"attention": attention_suite, "losses": losses_suite}

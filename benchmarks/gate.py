@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from cases import YARDSTICK, Case, Route
+from cases import Case, Route
 from torch import Tensor
 
 SEEDS = 8
@@ -37,7 +37,7 @@ class Error:
 
 def check(case: Case, candidate: Route, device: str, seeds: int = SEEDS) -> list[Error]:
     """One `Error` per result of the case, in its order."""
-    yardstick = case.routes(device)[YARDSTICK]
+    yardstick = case.routes(device)[case.yardstick]
     # Squared norms, one column per result: the candidate's error, the yardstick's, the truth, the output's gradient.
     squares = torch.zeros(4, len(case.results), dtype=torch.float64)
     for seed in range(seeds):
@@ -52,12 +52,16 @@ def check(case: Case, candidate: Route, device: str, seeds: int = SEEDS) -> list
     # With a single key softmax is constant and dq = dk = 0: their errors are then relative to grad_out.
     norms = torch.where(squares[2] > 0, squares[2], squares[3])
     ours, theirs = (squares[:2] / norms).sqrt().tolist()
-    meaningless = grad_out.dtype == torch.float64 or seeds * grad_out.numel() < FEW_NUMBERS
-    floor = FLOOR_EPS * torch.finfo(grad_out.dtype).eps if meaningless else 0.0
+    floors = [_floor(grad_out.dtype, seeds * result.numel()) for result in truth]
     return [
         Error(result, error, yard, max(FACTOR * yard, floor))
-        for result, error, yard in zip(case.results, ours, theirs, strict=True)
+        for result, error, yard, floor in zip(case.results, ours, theirs, floors, strict=True)
     ]
+
+
+def _floor(dtype: torch.dtype, numbers: int) -> float:
+    meaningless = dtype == torch.float64 or numbers < FEW_NUMBERS
+    return FLOOR_EPS * torch.finfo(dtype).eps if meaningless else 0.0
 
 
 def _results(route: Route, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from cases import DIRECTIONS, DTYPES, MASKS, PYATTN, SUITES, TINY, YARDSTICK, Case, Route, Shape, variants
+from cases import DIRECTIONS, DTYPES, MASKS, PYATTN, SUITES, TINY, Case, Route, Shape, variants
 from gate import SEEDS, Error, check
 from memory import Memory
 from report import Failure, Progress, Results, Row, failure_text, header_text, plot, row_text, summary_text
@@ -60,7 +60,7 @@ class Bench:
 
     def _runs(self, case: Case, name: str, route: Route) -> bool:
         """Whether a route takes the problem: a forced backend of torch's may refuse it, with a RuntimeError."""
-        if name in (PYATTN, YARDSTICK) or self.device == "cpu":
+        if name in (PYATTN, case.yardstick) or self.device == "cpu":
             return True
         try:
             step = variants(case, {name: route}, self.directions[-1], self.device)[name]

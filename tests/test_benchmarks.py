@@ -67,7 +67,7 @@ def test_every_route_computes_the_truth(mask):
 @pytest.mark.parametrize("shape", [(2, 3, 17, 8), cases.TINY])
 def test_gate_passes_torch_itself(dtype, shape):
     case = cases.Attention(dtype, "causal", shape)
-    errors = gate.check(case, case.routes("cpu")[cases.YARDSTICK], "cpu", seeds=2)
+    errors = gate.check(case, case.routes("cpu")[case.yardstick], "cpu", seeds=2)
     assert [error.result for error in errors] == ["out", "dq", "dk", "dv"]
     assert all(error.passed for error in errors)
 
