@@ -244,9 +244,8 @@ class _Problem:
         weights = torch.empty(self.rows, dtype=torch.float64, device=self.device)
         if self.rows:
             grid = (triton.cdiv(self.rows, ROWS_BLOCK),)
-            target_weights_kernel[grid](
-                self.indices, self.weight, weights, self.rows, self.positions, self.classes, self.ignore_index, ROWS_BLOCK
-            )  # fmt: skip
+            sizes = (self.rows, self.positions, self.classes, self.ignore_index)
+            target_weights_kernel[grid](self.indices, self.weight, weights, *sizes, ROWS_BLOCK)
         return weights.sum()
 
 

@@ -267,7 +267,9 @@ class Op(Generic[K]):
             name: _why_not(kernels, request, operands, config) for name, kernels in self.kernels.items()
         }
         if self._torch is not None:
-            refusals[TORCH.name] = _not_asked(TORCH, request) or ("pyattn's kernels are the better choice here",)
+            refusals[TORCH.name] = _not_asked(TORCH, request) or (
+                "pyattn's kernels are preferred here; use_backend('torch') asks for it",
+            )
         elif request.backend == TORCH.name:
             refusals[TORCH.name] = (f"is no backend of {self.name}",)
         return refusals

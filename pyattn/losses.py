@@ -45,7 +45,7 @@ def _torch_first(function: F) -> F:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        if not torch.compiler.is_dynamo_compiling():
+        if not torch.compiler.is_compiling():
             try:
                 if input.numel() <= TORCH_LOGITS and _dispatch.nothing_requested():
                     return call_torch(input, target, weight, REDUCTION_ENUM[reduction], ignore_index, label_smoothing)
@@ -123,7 +123,7 @@ def cross_entropy(
     """
     operands = CrossEntropyOperands(input, target, weight)
     config = CrossEntropyConfig(reduction, ignore_index, label_smoothing)
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_compiling():
         if target.requires_grad or (weight is not None and weight.requires_grad):
             return torch.nn.functional.cross_entropy(*operands, **config._asdict())
         return _call_op(operands, config)

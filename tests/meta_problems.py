@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyattn._cross_entropy import empty_loss, empty_state
 from pyattn._problem import empty_lse, empty_out
 from pyattn.kernels import attention as kernels
+from pyattn.kernels import cross_entropy as losses
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -45,3 +47,17 @@ def launch(
         torch.empty_like(q), torch.empty_like(k), torch.empty_like(v),
         None if bias_tensor is None else torch.empty_like(bias_tensor), **arguments,
     )  # fmt: skip
+
+
+def launch_cross_entropy(
+    dtype: torch.dtype, shape: tuple[int, ...], *, probabilities: bool = False, weighted: bool = False, **options: Any
+) -> None:
+    """Forward and backward."""
+    options = {"reduction": "mean", "ignore_index": -100, "label_smoothing": 0.0} | options
+    input = meta(*shape, dtype=dtype)
+    rows = (shape[0], *shape[2:])
+    target = meta(*shape, dtype=dtype) if probabilities else meta(*rows, dtype=torch.int64)
+    operands = (input, target, meta(shape[1], dtype=dtype) if weighted else None)
+    loss, m, l = empty_loss(input, options["reduction"]), empty_state(input), empty_state(input)
+    losses.cross_entropy_forward(*operands, loss, m, l, **options)
+    losses.cross_entropy_backward(torch.empty_like(loss), m, l, *operands, torch.empty_like(input), **options)
