@@ -1,15 +1,18 @@
-"""pyattn: one typed attention contract for PyTorch, on CPU and GPU.
+"""pyattn: one typed contract for attention and its kin in PyTorch, on CPU and GPU.
 
 The layers, downwards; a call goes through them in this order::
 
-    attention.py                 public functions: types, checks, autograd
+    attention.py  losses.py      public functions: types, checks, autograd; nn/ has them as modules
       _types.py  _checks.py      what annotations say, and what they cannot
-      masks.py  _problem.py      the op's operands and scalars
-      _dispatch.py               which backend runs it, and why the others refuse; _attention_backends.py has the list
+      masks.py  _problem.py      attention's operands and scalars
+      _dispatch.py               which backend runs it, and why the others refuse
+      _attention_backends.py     what runs attention
+      _cross_entropy.py          operands and scalars of cross-entropy, and what runs it
         csrc/                    C++ kernels (pyattn._C), one variant per instruction set
         kernels/                 Triton kernels (pyattn.kernels)
         reference.py             the definition, in plain PyTorch
-    _ops.py  _transforms.py      the same op for torch.compile and export, and for torch.func
+    _ops.py  _transforms.py      the same ops for torch.compile and export, and for torch.func
+    _cross_entropy_ops.py
 """
 
 import torch as _torch  # first: the extension then shares torch's OpenMP pool

@@ -267,9 +267,8 @@ class Op(Generic[K]):
             name: _why_not(kernels, request, operands, config) for name, kernels in self.kernels.items()
         }
         if self._torch is not None:
-            refusals[TORCH.name] = _not_asked(TORCH, request) or (
-                "pyattn's kernels are preferred here; use_backend('torch') asks for it",
-            )
+            second = "pyattn's kernels are preferred here; use_backend('torch') asks for it"
+            refusals[TORCH.name] = _not_asked(TORCH, request) or (second,)
         elif request.backend == TORCH.name:
             refusals[TORCH.name] = (f"is no backend of {self.name}",)
         return refusals

@@ -1,5 +1,6 @@
 """Cross-entropy on the CPU backend: drawn problems, named regimes, edges, and the function around the kernels."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import accuracy
@@ -103,7 +104,7 @@ REGIMES = {
     "one class over a block": {"shape": (5, 2049)},
     "many blocks": {"shape": (3, 30522)},  # sums over classes are long enough to lose digits if done in one run
     "many rows": {"shape": (20011, 3)},  # the same for the sum over rows
-    "more gradient than is cached": {"shape": (211, 30522), "weighted": True},  # written past the caches
+    "more gradient than is cached": {"shape": (281, 30522), "weighted": True},  # written past the caches
     "positions": {"shape": (2, 21, 17, 13)},
     "flat": {"sharpness": 1e-3},
     "peaked": {"sharpness": 100.0},
@@ -253,6 +254,63 @@ def test_an_index_that_goes_bad_before_the_backward() -> None:
     target.data[1, 2] = 77  # unseen by autograd's version counter
     with pytest.raises(IndexError, match=r"got 77 at position \(1, 2\)"):
         loss.backward()
+
+
+# ---- wrong calls -----------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "input without classes": ({"input": torch.ones(())}, pyattn.ShapeError, r"input: expected shape \(classes,\) or"),
+    "input of integers": ({"input": torch.ones(4, 5).long()}, pyattn.DtypeError, "input: expected one of float"),
+    "target of another length": (
+        {"target": torch.zeros(3).long()},
+        pyattn.ShapeError,
+        r"target: expected shape \(4,\) for class indices, or input's \(4, 5\) for class probabilities, got \(3,\)",
+    ),
+    "target of int32": (
+        {"target": torch.zeros(4).int()},
+        pyattn.DtypeError,
+        r"got torch.int32; target.long\(\) converts",
+    ),
+    "probabilities of integers": (
+        {"target": torch.zeros(4, 5).long()},
+        pyattn.DtypeError,
+        "class probabilities in a floating dtype",
+    ),
+    "probabilities with an ignore_index": (
+        {"target": torch.rand(4, 5), "ignore_index": 1},
+        ValueError,
+        "ignore_index: does not apply to class probabilities, got 1",
+    ),
+    "weight of another length": ({"weight": torch.ones(4)}, pyattn.ShapeError, r"weight: expected shape \(5,\)"),
+    "weight of another dtype": (
+        {"weight": torch.ones(5).double()},
+        pyattn.DtypeError,
+        r"weight.to\(input.dtype\) converts",
+    ),
+    "weight elsewhere": (
+        {"weight": torch.ones(5, device="meta")},
+        pyattn.DeviceError,
+        "weight: expected input's device",
+    ),
+    "reduction": ({"reduction": "average"}, TypeError, "reduction: expected .*'mean'.* got 'average'"),
+    "label_smoothing": (
+        {"label_smoothing": 1.5},
+        ValueError,
+        r"label_smoothing: expected a number in \[0, 1\], got 1.5",
+    ),
+    "a list": ({"input": [1.0]}, TypeError, r"torch.as_tensor\(input\) makes a tensor of it"),
+    "sparse": ({"input": torch.ones(4, 5).to_sparse()}, TypeError, r"input: .*to_dense\(\) converts"),
+}
+
+
+@pytest.mark.parametrize("backend", [None, "cpu"])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_call(case: str, backend: str | None) -> None:
+    """The same words whoever notices: torch's own call, which small problems go to, or the checks."""
+    arguments, error, message = WRONG[case]
+    arguments = {"input": torch.ones(4, 5), "target": torch.zeros(4).long()} | arguments
+    with nullcontext() if backend is None else pyattn.use_backend(backend), pytest.raises(error, match=message):
+        pyattn.cross_entropy(**arguments)
 
 
 # ---- the function ----------------------------------------------------------------------------------------------------

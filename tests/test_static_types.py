@@ -26,6 +26,8 @@ flat: Tensor = pyattn.compute_attention(q[:, 0], k[:, 0], v[:, 0], mask)
 kept: Tensor = pyattn.dropout_mask(7, 0.1, batch=2, q_heads=4, q_len=16, kv_len=16)
 with pyattn.use_backend("reference"):
     backend: str = pyattn.explain(pyattn.attention, q, k, v).backend
+loss: Tensor = pyattn.cross_entropy(q[0, 0], torch.arange(16), label_smoothing=0.1, reduction="sum")
+same_loss: Tensor = pyattn.nn.CrossEntropyLoss(reduction="none")(q[0, 0], torch.arange(16))
 pyattn.show_config()
 """
 WRONG = [
@@ -33,6 +35,7 @@ WRONG = [
     "pyattn.attention(q, k)",
     "pyattn.attention(q, k, v, dropout=0.1)",
     'pyattn.Causal("centre")',
+    'pyattn.cross_entropy(q, q, reduction="average")',
     'pyattn.use_backend("cuda")',
 ]
 
