@@ -157,6 +157,12 @@ PYATTN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {
 }
 
 template <class T, int H = kWidth<T> / 2>
+PYATTN_INLINE T reduce_max(Vec<T> x) {
+  const Vec<T> m = max<T>(x, shuffle<T, Rotated<H, kWidth<T>>>(x, x));
+  if constexpr (H > 1) return reduce_max<T, H / 2>(m);
+  return m[0];
+}
+template <class T, int H = kWidth<T> / 2>
 PYATTN_INLINE T reduce_add(Vec<T> x) {
   const Vec<T> sum = x + shuffle<T, Rotated<H, kWidth<T>>>(x, x);
   if constexpr (H > 1) return reduce_add<T, H / 2>(sum);
