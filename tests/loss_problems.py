@@ -10,6 +10,7 @@ from torch import Tensor
 
 import pyattn
 from pyattn import reference
+from pyattn._checks import accumulation_dtype
 
 
 class Results(NamedTuple):
@@ -132,7 +133,10 @@ def magnitude(problem: LossProblem) -> Results:
     none = problem.options | {"reduction": "none"}
     _, m, l = reference.cross_entropy_forward(input, target, weight, **none)
     x = input.movedim(problem.class_axis, -1)
-    p = torch.exp(x - m.unsqueeze(-1)) / l.unsqueeze(-1)
+    # A probability is an exponential: the absolute error of x - m is its relative error.
+    score_eps = torch.finfo(accumulation_dtype(problem.input.dtype)).eps / torch.finfo(problem.input.dtype).eps
+    below = (m.unsqueeze(-1) - x).nan_to_num(0.0, 0.0, 0.0)
+    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * below)
     classes = max(x.shape[-1], 1)
     w = torch.ones(classes).double() if weight is None else weight
     smooth = problem.label_smoothing / classes
@@ -144,7 +148,7 @@ def magnitude(problem: LossProblem) -> Results:
         one_hot = (target.unsqueeze(-1) == torch.arange(x.shape[-1])).double()
         q = torch.where(valid.unsqueeze(-1), w[: x.shape[-1]] * ((1 - problem.label_smoothing) * one_hot + smooth), 0.0)
         total = float((one_hot * w[: x.shape[-1]]).sum(-1)[valid].sum()) or 1.0
-    distance = torch.where(q > 0, (m.unsqueeze(-1) - x), 0.0)
+    distance = torch.where(q > 0, below, 0.0)
     rows = (q * (l.log().abs().unsqueeze(-1) + distance + 1.0)).sum(-1)
     dloss = problem.dloss.double().abs() / (total if problem.reduction == "mean" else 1.0)
     gradient = dloss.unsqueeze(-1) * (q.sum(-1, keepdim=True) * p + q)
