@@ -133,10 +133,11 @@ def magnitude(problem: LossProblem) -> Results:
     none = problem.options | {"reduction": "none"}
     _, m, l = reference.cross_entropy_forward(input, target, weight, **none)
     x = input.movedim(problem.class_axis, -1)
-    # A probability is an exponential: the absolute error of x - m is its relative error.
+    # A probability is an exponential: the absolute error of x - m is its relative error. That of the sum l it is divided
+    # by grows with the depth of the sum, as log(l) does.
     score_eps = torch.finfo(accumulation_dtype(problem.input.dtype)).eps / torch.finfo(problem.input.dtype).eps
     below = (m.unsqueeze(-1) - x).nan_to_num(0.0, 0.0, 0.0)
-    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * below)
+    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * (below + l.log().unsqueeze(-1)))
     classes = max(x.shape[-1], 1)
     w = torch.ones(classes).double() if weight is None else weight
     smooth = problem.label_smoothing / classes
