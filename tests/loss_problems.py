@@ -133,8 +133,7 @@ def magnitude(problem: LossProblem) -> Results:
     none = problem.options | {"reduction": "none"}
     _, m, l = reference.cross_entropy_forward(input, target, weight, **none)
     x = input.movedim(problem.class_axis, -1)
-    # A probability is an exponential: the absolute error of x - m is its relative error. That of the sum l it is divided
-    # by grows with the depth of the sum, as log(l) does.
+    # A probability is an exponential: the absolute error of x - m is its relative error, and that of log(l) as well.
     score_eps = torch.finfo(accumulation_dtype(problem.input.dtype)).eps / torch.finfo(problem.input.dtype).eps
     below = (m.unsqueeze(-1) - x).nan_to_num(0.0, 0.0, 0.0)
     p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * (below + l.log().unsqueeze(-1)))
@@ -152,6 +151,7 @@ def magnitude(problem: LossProblem) -> Results:
     distance = torch.where(q > 0, below, 0.0)
     rows = (q * (l.log().abs().unsqueeze(-1) + distance + 1.0)).sum(-1)
     dloss = problem.dloss.double().abs() / (total if problem.reduction == "mean" else 1.0)
-    gradient = dloss.unsqueeze(-1) * (q.sum(-1, keepdim=True) * p + q)
+    # A share is a product of four numbers and a sum, so it is rounded as often again as a term that is one product.
+    gradient = dloss.unsqueeze(-1) * (q.sum(-1, keepdim=True) * p + 2.0 * q)
     loss = rows if problem.reduction == "none" else rows.sum() / (total if problem.reduction == "mean" else 1.0)
     return Results(loss, gradient.movedim(-1, problem.class_axis))
