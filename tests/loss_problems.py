@@ -1,5 +1,6 @@
 """One call of cross-entropy with its backward, as a value that tests draw, run and judge."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -133,10 +134,11 @@ def magnitude(problem: LossProblem) -> Results:
     none = problem.options | {"reduction": "none"}
     _, m, l = reference.cross_entropy_forward(input, target, weight, **none)
     x = input.movedim(problem.class_axis, -1)
-    # A probability is an exponential: the absolute error of x - m is its relative error, and that of log(l) as well.
+    # A probability is an exponential: the absolute error of x - m is its relative error. It is divided by a sum over the
+    # classes, and multiplied by another, which lose digits with their depth.
     score_eps = torch.finfo(accumulation_dtype(problem.input.dtype)).eps / torch.finfo(problem.input.dtype).eps
     below = (m.unsqueeze(-1) - x).nan_to_num(0.0, 0.0, 0.0)
-    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * (below + l.log().unsqueeze(-1)))
+    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * (below + math.log(max(x.shape[-1], 1))))
     classes = max(x.shape[-1], 1)
     w = torch.ones(classes).double() if weight is None else weight
     smooth = problem.label_smoothing / classes
