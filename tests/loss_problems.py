@@ -134,11 +134,12 @@ def magnitude(problem: LossProblem) -> Results:
     none = problem.options | {"reduction": "none"}
     _, m, l = reference.cross_entropy_forward(input, target, weight, **none)
     x = input.movedim(problem.class_axis, -1)
-    # A probability is an exponential: the absolute error of x - m is its relative error. It is divided by a sum over the
-    # classes, and multiplied by another, which lose digits with their depth.
+    # A probability is an exponential: the absolute error of x - m is its relative error. Sums over the classes, of the
+    # exponentials, of the shares and of the loss, lose digits with their depth.
     score_eps = torch.finfo(accumulation_dtype(problem.input.dtype)).eps / torch.finfo(problem.input.dtype).eps
+    depth = score_eps * math.log(max(x.shape[-1], 1))
     below = (m.unsqueeze(-1) - x).nan_to_num(0.0, 0.0, 0.0)
-    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * (below + math.log(max(x.shape[-1], 1))))
+    p = torch.exp(-below) / l.unsqueeze(-1) * (1.0 + score_eps * below + depth)
     classes = max(x.shape[-1], 1)
     w = torch.ones(classes).double() if weight is None else weight
     smooth = problem.label_smoothing / classes
@@ -151,7 +152,7 @@ def magnitude(problem: LossProblem) -> Results:
         q = torch.where(valid.unsqueeze(-1), w[: x.shape[-1]] * ((1 - problem.label_smoothing) * one_hot + smooth), 0.0)
         total = float((one_hot * w[: x.shape[-1]]).sum(-1)[valid].sum()) or 1.0
     distance = torch.where(q > 0, below, 0.0)
-    rows = (q * (l.log().abs().unsqueeze(-1) + distance + 1.0)).sum(-1)
+    rows = (q * (l.log().abs().unsqueeze(-1) + distance + 1.0)).sum(-1) * (1.0 + depth)
     dloss = problem.dloss.double().abs() / (total if problem.reduction == "mean" else 1.0)
     # A share is a product of four numbers and a sum, so it is rounded as often again as a term that is one product.
     gradient = dloss.unsqueeze(-1) * (q.sum(-1, keepdim=True) * p + 2.0 * q)
