@@ -8,9 +8,15 @@
 // The forward keeps m and l of the online softmax, and not lse = m + log(l): the backward then has p = e^(x - m) / l to
 // the last digits, where e^(x - lse) would add the rounding of an lse that can be large.
 
-// Classes whose maximum is taken before they are summed: 8 KB of float32 stay in the L1 cache for their second visit,
-// and the order of summation, lanes then blocks, is counted from class 0 whatever the row is part of.
-constexpr int64_t kClassBlock = 2048;
+// Classes whose maximum is taken before they are summed: 256 vectors (8 KB with AVX2) stay in the L1 cache for their
+// second visit, and no lane's sum is longer than that. The order of summation, lanes then blocks, is counted from class
+// 0 whatever the row is part of.
+template <class T>
+constexpr int64_t kClassBlock = 256 * kWidth<T>;
+
+// Classes whose shares a lane adds up at once: of many that are alike, one long sum is off by a hundred eps.
+template <class T>
+constexpr int64_t kSumBlock = 32 * kWidth<T>;
 
 // Rows are worked on, and their losses summed, in chunks of about this many elements and at least kRowTile rows.
 constexpr int64_t kChunkElements = 32768;
@@ -81,8 +87,8 @@ template <bool spread, class T, class S, class Q>
 LossRow<T> loss_row(const S* x, int64_t n, const Shares<T, Q>& shares) {
   LossRow<T> row = {-T(INFINITY), 0, 0, 0};
   T pivot = 0;  // m, but finite: -inf - -inf would be NaN
-  for (int64_t first = 0; first < n; first += kClassBlock) {
-    const int64_t end = smaller(first + kClassBlock, n);
+  for (int64_t first = 0; first < n; first += kClassBlock<T>) {
+    const int64_t end = smaller(first + kClassBlock<T>, n);
     Vec<T> max0 = broadcast(-T(INFINITY)), max1 = max0;
     int64_t c = first;
     for (; c + 2 * kWidth<T> <= end; c += 2 * kWidth<T>) {
@@ -452,9 +458,14 @@ struct CrossEntropyBackwardRows : CrossEntropy<T> {
   // The sum of a row's shares.
   template <class Q>
   T sum(const Shares<T, Q>& shares) const {
-    Vec<T> s = {};
-    for (int64_t c = 0; c < p.C; c += kWidth<T>) s += shares(c, static_cast<int>(lanes_left<T>(p.C, c)));
-    return reduce_add<T>(s);
+    T sum = 0;
+    for (int64_t first = 0; first < p.C; first += kSumBlock<T>) {
+      const int64_t end = smaller(first + kSumBlock<T>, p.C);
+      Vec<T> s = {};
+      for (int64_t c = first; c < end; c += kWidth<T>) s += shares(c, static_cast<int>(lanes_left<T>(p.C, c)));
+      sum += reduce_add<T>(s);
+    }
+    return sum;
   }
 
   template <class S, class Q>
