@@ -289,9 +289,9 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        where = f" at position {position if len(position) > 1 else position[0]}" if position else ""
+        position: list[int] = bad.nonzero()[0].tolist()
+        where = f" at position {position[0] if len(position) == 1 else tuple(position)}" if position else ""
         raise IndexError(
             f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, got "
-            f"{int(target[position])}{where}"
+            f"{int(target[tuple(position)])}{where}"
         )

@@ -180,7 +180,8 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dloss,) = grads
         *tensors, m, l = ctx.saved_tensors
         operands = CrossEntropyOperands(*tensors)
         direct = _C.plain(dloss, m, l, *operands) and not (
