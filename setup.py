@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from setuptools import setup
 from setuptools.errors import CCompilerError, CompileError, PlatformError
 
 CSRC = Path("csrc")
-KERNELS = [CSRC / "kernels.cpp"]
+KERNELS = [str(CSRC / "kernels.cpp")]
 SOURCES = ["bindings.cpp", "operands.cpp", "signature.cpp", "dispatch.cpp", "cpu_features.cpp"]
 HEADERS = sorted(str(p) for p in CSRC.glob("*.h"))
 
@@ -65,23 +66,38 @@ class build_ext(pybind11_build_ext):
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         variants = {name: flags for name, flags in VARIANTS.items() if not flags or self.compiles(flags)}
-        ext.define_macros += [(f"PYATTN_HAVE_{name.upper()}", "1") for name in variants]
-        # The variants take most of the build's time and are independent: a compiler process for each.
+        macros = [(f"PYATTN_HAVE_{name.upper()}", "1") for name in variants]
+        # Everything is independent and takes seconds: a compiler process for each, the long ones first. setuptools
+        # would compile one after the other; it is left the linking.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            # Kernel objects go last on the link line: should one ever hold a weak symbol, the baseline's copy wins over
-            # the one compiled for a processor that may not be there.
-            for objects in pool.map(lambda name: self.compile_variant(ext, name), variants):
-                ext.extra_objects += objects
+            kernels = [
+                pool.submit(self.compile, ext, source, [("PYATTN_VARIANT", name)], flags, name)
+                for name, flags in variants.items()
+                for source in KERNELS
+            ]
+            others = [pool.submit(self.compile, ext, source, macros) for source in ext.sources]
+        ext.depends += ext.sources
+        ext.sources = []
+        # Kernel objects go last on the link line: should one ever hold a weak symbol, the baseline's copy wins over the
+        # one compiled for a processor that may not be there.
+        ext.extra_objects += [compiled for job in others + kernels for compiled in job.result()]
         super().build_extension(ext)
 
-    def compile_variant(self, ext: Pybind11Extension, name: str) -> list[str]:
+    def compile(
+        self,
+        ext: Pybind11Extension,
+        source: str,
+        macros: list[tuple[str, str]],
+        flags: Sequence[str] = (),
+        folder: str = "",
+    ) -> list[str]:
         return self.compiler.compile(
-            [str(source) for source in KERNELS],
-            output_dir=str(Path(self.build_temp, name)),
-            macros=[("PYATTN_VARIANT", name)],
-            include_dirs=[str(CSRC)],
-            depends=HEADERS,
-            extra_postargs=[*ext.extra_compile_args, *VARIANTS[name]],
+            [source],
+            output_dir=str(Path(self.build_temp, folder)),
+            macros=macros,
+            include_dirs=ext.include_dirs,
+            depends=ext.depends,
+            extra_postargs=[*ext.extra_compile_args, *flags],
         )
 
 

@@ -229,12 +229,16 @@ struct Backward {
                  const QuerySpan<T>& queries, T* dq) const {
     const ScoreMaker<T> maker(p, mask, b, h);
     const Dropout dropout(p, b, h);
-    memset(dq, 0, p.L * ldk * sizeof(T));
-    for (int64_t key = chunk_begin(chunk); key < chunk_begin(chunk + 1); key += kUnit) {
-      const int64_t first = maker.visible.first_row(key);
-      for (int64_t i = first / tile_rows * tile_rows; i < p.L; i += tile_rows) {
+    const int64_t begin = chunk_begin(chunk), end = chunk_begin(chunk + 1);
+    if (begin == end) memset(dq, 0, p.L * ldk * sizeof(T));
+    for (int64_t key = begin; key < end; key += kUnit) {
+      // The first unit sets dq, the others add to it.
+      const bool started = key > begin;
+      const int64_t first = smaller(maker.visible.first_row(key) / tile_rows * tile_rows, p.L);
+      if (!started) memset(dq, 0, first * ldk * sizeof(T));
+      for (int64_t i = first; i < p.L; i += tile_rows) {
         const int rows = static_cast<int>(smaller(tile_rows, p.L - i));
-        run_tile(maker, dropout, b, h, chunk, i, rows, key, origin, keys, queries, dq);
+        run_tile(maker, dropout, b, h, chunk, i, rows, key, origin, keys, queries, started, dq);
       }
     }
   }
@@ -312,10 +316,13 @@ struct Backward {
   // The queries [first, first + rows) and the unit of keys from first_key on.
   void run_tile(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t b, int64_t h, int64_t chunk, int64_t first,
                 int rows, int64_t first_key, int64_t origin, const KeySpan<T>& keys, const QuerySpan<T>& queries,
-                T* dq) const {
+                bool started, T* dq) const {
     const Visibility& visible = maker.visible;
     GroupView groups[kTileGroups];
-    if (!visible.view(first, rows, first_key, groups)) return;
+    if (!visible.view(first, rows, first_key, groups)) {
+      if (!started) memset(dq + first * ldk, 0, rows * ldk * sizeof(T));
+      return;
+    }
 
     // The keys that each group of queries sees, and the queries that see each group of keys.
     Range seen_keys[kTileGroups], seen_queries[kTileGroups];
@@ -357,7 +364,8 @@ struct Backward {
     const int width_k = static_cast<int>(padded<T>(p.D)), width_v = static_cast<int>(padded<T>(p.Dv));
     multiply_rows<T>(count, queries.p, 1, ld, dout, ldv, width_v, keys.dv + at * ldv, ldv, seen_queries, true);
     multiply_rows<T>(count, queries.ds, 1, ld, q, ldk, width_k, keys.dk + at * ldk, ldk, seen_queries, true);
-    multiply_rows<T>(rows, queries.ds, ld, 1, keys.k + at * ldk, ldk, width_k, dq + first * ldk, ldk, seen_keys, true);
+    multiply_rows<T>(rows, queries.ds, ld, 1, keys.k + at * ldk, ldk, width_k, dq + first * ldk, ldk, seen_keys,
+                     started);
   }
 
   // One row of a tile: products q.k and do.v become the P that multiplies do (that is, with dropout) and dS.
