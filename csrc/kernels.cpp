@@ -24,6 +24,7 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "huge_pages.h"
 #include "kernel_table.h"
 
 namespace pyattn {

@@ -286,10 +286,13 @@ struct ScratchMemory {
 
   ~ScratchMemory() { release(); }
   void release() {
-    ::operator delete(memory, std::align_val_t(64));
+    ::operator delete(memory, alignment(bytes));
     memory = nullptr;
     bytes = 0;
   }
+  // The kernels walk over several matrices at once, more pages of 4 KB than the first level of the TLB holds: with huge
+  // pages a backward at D = 128 and 256 takes 2 % less (Zen 3, a virtual machine).
+  static std::align_val_t alignment(int64_t bytes) { return std::align_val_t(bytes < kHugePage ? 64 : kHugePage); }
 };
 thread_local ScratchMemory scratch;
 
@@ -297,8 +300,9 @@ thread_local ScratchMemory scratch;
 inline char* reserve_scratch(int64_t bytes) {
   if (bytes > scratch.bytes) {
     scratch.release();
-    scratch.memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes), std::align_val_t(64)));
+    scratch.memory = static_cast<char*>(::operator new(static_cast<size_t>(bytes), ScratchMemory::alignment(bytes)));
     scratch.bytes = bytes;
+    prefer_huge_pages(scratch.memory, bytes);
   }
   return scratch.memory;
 }
