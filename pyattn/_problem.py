@@ -1,7 +1,7 @@
 """One attention problem in the terms of the dispatcher op: its tensors, its scalars, and the tensors it returns.
 
-The fields of the two tuples stand in the order of the op's schema; csrc/operands.cpp and csrc/bindings.cpp read them by
-position.
+The fields of the two tuples stand in the order of the op's schema; csrc/operands.cpp and csrc/bind_attention-inl.h
+read them by position.
 """
 
 from typing import NamedTuple
