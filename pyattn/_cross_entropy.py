@@ -1,6 +1,7 @@
 """One cross-entropy in the terms of the dispatcher op, and what runs it.
 
-The fields of the two tuples stand in the order of the op's schema; csrc/bind_cross_entropy-inl.h reads them by position.
+The fields of the two tuples stand in the order of the op's schema; csrc/bind_cross_entropy-inl.h reads them by
+position.
 """
 
 from collections.abc import Callable, Sequence
