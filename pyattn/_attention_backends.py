@@ -77,9 +77,9 @@ class TritonAttention:
     def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
         from .kernels import attention as kernels
 
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        out, lse = empty_out(q, v.shape[-1]), empty_lse(q)
-        kernels.attention_forward(q, k, v, bias, mask, seed, out, lse, **kernel_arguments(operands, config)._asdict())
+        out, lse = empty_out(operands.q, operands.v.shape[-1]), empty_lse(operands.q)
+        arguments = kernel_arguments(operands, config)._asdict()
+        kernels.attention_forward(*operands.kernel_tensors(), out, lse, **arguments)
         return out, lse
 
     def backward(
@@ -94,7 +94,7 @@ class TritonAttention:
     ) -> Gradients:
         from .kernels import attention as kernels
 
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
+        q, k, v, bias, mask, seed = operands.kernel_tensors()
         gradients = empty_gradients(operands, bias_grad)
         kernels.attention_backward(
             do, dlse, q, k, v, out, lse, bias, mask, seed, *gradients, **kernel_arguments(operands, config)._asdict()
@@ -112,11 +112,9 @@ class ReferenceAttention:
         return ()
 
     def forward(self, operands: Operands, config: AttentionConfig, with_lse: bool) -> tuple[Tensor, Tensor | None]:
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        result, lse = reference.attention_forward(
-            q, k, v, bias, mask, seed, **kernel_arguments(operands, config)._asdict()
-        )
-        out = empty_out(q, v.shape[-1])
+        arguments = kernel_arguments(operands, config)._asdict()
+        result, lse = reference.attention_forward(*operands.kernel_tensors(), **arguments)
+        out = empty_out(operands.q, operands.v.shape[-1])
         return out.copy_(result), lse
 
     def backward(
@@ -129,12 +127,10 @@ class ReferenceAttention:
         config: AttentionConfig,
         bias_grad: bool,
     ) -> Gradients:
-        q, k, v, bias, _, mask, _, _, _, _, seed = operands
-        dq, dk, dv, dbias = reference.attention_backward(
-            do, dlse, q, k, v, bias, mask, seed, **kernel_arguments(operands, config)._asdict()
-        )
+        arguments = kernel_arguments(operands, config)._asdict()
         gradients = empty_gradients(operands, bias_grad)
-        for gradient, computed in zip(gradients, (dq, dk, dv, dbias), strict=True):
+        results = reference.attention_backward(do, dlse, *operands.kernel_tensors(), **arguments)
+        for gradient, computed in zip(gradients, results, strict=True):
             if gradient is not None and computed is not None:
                 gradient.copy_(computed)
         return gradients

@@ -28,6 +28,10 @@ class Operands(NamedTuple):
     kv_segments: Tensor | None = None
     seed: Tensor | None = None  # 0-d int64, there iff dropout_p > 0
 
+    def kernel_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Those that the reference and the Triton kernels take; `check` refuses the others."""
+        return self.q, self.k, self.v, self.bias, self.mask, self.seed
+
 
 class AttentionConfig(NamedTuple):
     """The op's scalar arguments, in the order of its schema; plain Python numbers, so that a graph can hold them."""
