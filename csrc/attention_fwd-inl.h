@@ -4,6 +4,10 @@
 // a time and up to kKeyBlock units of keys: scores = q K^T into a buffer, one softmax step per row in place, and
 // acc += P V unit by unit. Units that no query of the block sees are left out of the buffer, so that below the softmax
 // nothing knows of skipping.
+//
+// Where one block is all that reads a head's keys, they are packed as it comes to them; and for very few queries they
+// are read in place, on the assumption that all is finite. A result that is not tells that it was wrong, and is
+// computed again from packed keys.
 
 // Queries per block and units of keys per block: 24 x 512 scores are 48 KB, which with a unit of K^T or V stays within
 // the L2 cache, while up to 512 keys need no rescaling at all. (48 or 96 queries, 2 or 4 units: within the noise or
@@ -21,18 +25,17 @@ constexpr int kScoreStride = kKeyBlock * kUnit + 64 / sizeof(T);
 // that the mask hides (0 * NaN is NaN).
 template <class T>
 struct PackedKeys {
-  T* kt;             // [unit][panel][D][kPanel], times scale
+  T* k;              // [unit][panel][D][kPanel], times scale; by rows, [key][ldk], without
   T* v;              // [key][ldv]
   uint8_t* marked;   // [unit]: some key of the unit is marked
   uint8_t* bad_key;  // [key], valid in marked units
 
   PackedKeys() = default;
-  PackedKeys(Carver& carver, int64_t S, int64_t D, int64_t ldv) {
-    const int64_t units = (S + kUnit - 1) / kUnit;
-    kt = carver.take<T>(units * kUnit * D);
-    v = carver.take<T>(S * ldv);
+  PackedKeys(Carver& carver, int64_t units, int64_t ldk, int64_t ldv) {
+    k = carver.take<T>(units * kUnit * ldk);
+    v = carver.take<T>(units * kUnit * ldv);
     marked = carver.take<uint8_t>(units);
-    bad_key = carver.take<uint8_t>(S);
+    bad_key = carver.take<uint8_t>(units * kUnit);
   }
 };
 
@@ -51,10 +54,13 @@ struct QueryBlock {
   }
 };
 
-// One unit of keys in the score buffer.
+// One unit of keys in the score buffer, and where its keys are.
+template <class T>
 struct Slot {
   int64_t first_key;
-  bool marked;
+  const T *k, *v;
+  int64_t ldk, ldv;
+  const uint8_t* bad_key;  // nullptr: none is marked
   GroupView groups[kQueryGroups];
 };
 
@@ -140,37 +146,88 @@ Vec<T> exponentiate(T* scores, int n, T pivot) {
   return sum0 + sum1;
 }
 
+// Up to so many queries, K is not worth transposing, and each score is a dot product of two rows. (One query, 12 heads,
+// 1024 keys of 64: 670 us transposed, 254 so and in place; four queries: 920 and 525. Zen 3, AVX2, one thread.)
+constexpr int kFewQueries = 4;
+static_assert(kFewQueries <= kMR);
+
+// scores[i][c] = scale q[i].k[c], filled up to a whole vector by repetitions of the last key; returns whether all are
+// finite. A sum per lane, and those as a tree: short sums, whatever D.
+template <class T>
+bool multiply_few(int rows, const T* q, int64_t ldq, const T* k, int64_t ldk, int keys, T scale, T* scores,
+                  int64_t ld) {
+  constexpr int W = kWidth<T>;
+  const auto add = [](Vec<T> a, Vec<T> b) { return a + b; };
+  FiniteCheck<T> check;
+  for (int c = 0; c < keys; c += W) {
+    const T* key[W];
+    for (int j = 0; j < W; ++j) key[j] = k + smaller(c + j, keys - 1) * ldk;
+    for (int i = 0; i < rows; ++i) {
+      Vec<T> lanes[W] = {};
+      for (int64_t d = 0; d < ldq; d += W) {
+        const Vec<T> x = load(q + i * ldq + d);
+#pragma GCC unroll 16
+        for (int j = 0; j < W; ++j) lanes[j] += x * load(key[j] + d);
+      }
+      const Vec<T> product = reduce_rows<T>(lanes, add);
+      check.add(product);
+      store(scores + i * ld + c, product * scale);
+    }
+  }
+  return check.all_finite();
+}
+
 template <class T>
 struct Forward {
   const AttentionForward& p;
-  const int64_t ldq, ldv, units;
+  const int64_t units;
+  const bool by_rows;   // K is not transposed; a question of shape alone, since it decides the order of sums
+  const bool in_place;  // keys can be read as they lie in memory
+  const bool streamed;  // else they are packed while they are read, for a head's are read once
+  const int64_t ldq, ldk, ldv;
   MaskSummary mask;
 
   explicit Forward(const AttentionForward& problem)
       : p(problem),
-        ldq(padded<T>(p.D)),
-        ldv(leading_dimension<T>(p.Dv)),
         units((p.S + kUnit - 1) / kUnit),
+        by_rows(p.L <= kFewQueries),
+        in_place(by_rows && element_size(p.k.dtype) == sizeof(T) && p.k.col == 1 && p.v.col == 1 &&
+                 p.D % kWidth<T> == 0 && p.Dv % kWidth<T> == 0),
+        streamed(in_place || (p.Hq == p.Hkv && p.L <= kQueryBlock)),
+        ldq(padded<T>(p.D)),
+        ldk(by_rows ? ldq : p.D),
+        ldv(leading_dimension<T>(p.Dv)),
         mask(problem) {}
 
-  void pack_unit(int64_t b, int64_t kv_head, int64_t unit, const PackedKeys<T>& to) const {
+  // Units that PackedKeys has room for.
+  int64_t packed_units() const { return streamed ? smaller<int64_t>(units, kKeyBlock) : units; }
+
+  // Packs a unit of the head as unit `at` of `to`.
+  void pack_unit(int64_t b, int64_t kv_head, int64_t unit, int64_t at, const PackedKeys<T>& to) const {
     const int64_t first = unit * kUnit, keys = smaller<int64_t>(kUnit, p.S - first);
     const Matrix k = matrix(p, p.k, b, kv_head), v = matrix(p, p.v, b, kv_head);
-    T* kt = to.kt + first * p.D;
-    const bool finite = pack_transposed<T>(k, first, keys, p.D, static_cast<T>(p.scale), kt) &
-                        pack_rows<T>(v, first, keys, p.Dv, to.v + first * ldv, ldv);
-    to.marked[unit] = !finite;
+    T *to_k = to.k + at * kUnit * ldk, *to_v = to.v + at * kUnit * ldv;
+    const bool k_finite = by_rows ? pack_rows<T>(k, first, keys, p.D, to_k, ldk)
+                                  : pack_transposed<T>(k, first, keys, p.D, static_cast<T>(p.scale), to_k);
+    const bool finite = k_finite & pack_rows<T>(v, first, keys, p.Dv, to_v, ldv);
+    to.marked[at] = !finite;
     if (finite) return;
+    uint8_t* bad_key = to.bad_key + at * kUnit;
     for (int64_t c = 0; c < keys; ++c) {
-      to.bad_key[first + c] = !row_is_finite<T>(k, first + c, p.D) || !row_is_finite<T>(v, first + c, p.Dv);
-      if (!to.bad_key[first + c]) continue;
-      clear_packed_key(kt, c, p.D);
-      memset(to.v + (first + c) * ldv, 0, ldv * sizeof(T));
+      bad_key[c] = !row_is_finite<T>(k, first + c, p.D) || !row_is_finite<T>(v, first + c, p.Dv);
+      if (!bad_key[c]) continue;
+      if (by_rows) {
+        memset(to_k + c * ldk, 0, ldk * sizeof(T));
+      } else {
+        clear_packed_key(to_k, c, p.D);
+      }
+      memset(to_v + c * ldv, 0, ldv * sizeof(T));
     }
   }
 
-  // The queries [first, first + rows) of head h of batch element b.
-  void query_block(int64_t b, int64_t h, int64_t first, int rows, const PackedKeys<T>& keys,
+  // The queries [first, first + rows) of head h of batch element b. Returns false, with nothing stored, if something is
+  // not finite that was read in_place.
+  bool query_block(int64_t b, int64_t h, int64_t first, int rows, const PackedKeys<T>& keys, bool in_place,
                    const QueryBlock<T>& block) const {
     const ScoreMaker<T> maker(p, mask, b, h);
     const Dropout dropout(p, b, h);
@@ -182,36 +239,77 @@ struct Forward {
       if (softmax.poisoned[i]) memset(block.q + i * ldq, 0, ldq * sizeof(T));
     }
 
-    const int64_t end = maker.visible.row_end(first + rows - 1);
-    bool started = false;
+    const int64_t kv_head = h / (p.Hq / p.Hkv), end = maker.visible.row_end(first + rows - 1);
+    bool started = false, all_finite = true;
     for (int64_t unit = 0; unit * kUnit < end;) {
-      Slot slots[kKeyBlock];
+      Slot<T> slots[kKeyBlock];
       int count = 0;
       for (; count < kKeyBlock && unit * kUnit < end; ++unit) {
-        Slot& slot = slots[count];
+        Slot<T>& slot = slots[count];
         slot.first_key = unit * kUnit;
-        slot.marked = keys.marked[unit];
-        count += maker.visible.view(first, rows, slot.first_key, slot.groups);
+        if (!maker.visible.view(first, rows, slot.first_key, slot.groups)) continue;
+        if (in_place) {
+          take_in_place(b, kv_head, slot);
+        } else {
+          const int64_t at = streamed ? count : unit;
+          if (streamed) pack_unit(b, kv_head, unit, at, keys);
+          take_packed(keys, at, slot);
+        }
+        ++count;
       }
-      key_block(maker, dropout, first, rows, slots, count, keys, started, block, softmax);
+      all_finite &= key_block(maker, dropout, first, rows, slots, count, started, block, softmax);
       started |= count > 0;
     }
+    for (int i = 0; in_place && i < rows; ++i) {
+      if (softmax.l[i] != 0) all_finite &= row_is_finite<T>(accumulated(block), i, p.Dv);
+    }
+    if (in_place && !all_finite) return false;
     finish(b, h, first, rows, dropout, block, softmax);
+    return true;
   }
 
  private:
-  // acc and softmax take in the keys of `slots`; acc is set if nothing has `started` it.
-  void key_block(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t first, int rows, const Slot* slots,
-                 int count, const PackedKeys<T>& keys, bool started, const QueryBlock<T>& block,
-                 SoftmaxRows<T>& softmax) const {
+  void take_packed(const PackedKeys<T>& keys, int64_t at, Slot<T>& slot) const {
+    slot.k = keys.k + at * kUnit * ldk;
+    slot.v = keys.v + at * kUnit * ldv;
+    slot.ldk = ldk;
+    slot.ldv = ldv;
+    slot.bad_key = keys.marked[at] ? keys.bad_key + at * kUnit : nullptr;
+  }
+
+  void take_in_place(int64_t b, int64_t kv_head, Slot<T>& slot) const {
+    const Matrix k = matrix(p, p.k, b, kv_head), v = matrix(p, p.v, b, kv_head);
+    slot.k = reinterpret_cast<const T*>(k.data) + slot.first_key * k.row;
+    slot.v = reinterpret_cast<const T*>(v.data) + slot.first_key * v.row;
+    slot.ldk = k.row;
+    slot.ldv = v.row;
+    slot.bad_key = nullptr;
+  }
+
+  Matrix accumulated(const QueryBlock<T>& block) const {
+    return {reinterpret_cast<char*>(block.acc), ldv, 1, sizeof(T) == 8 ? Dtype::kFloat64 : Dtype::kFloat32};
+  }
+
+  // acc and softmax take in the keys of `slots`; acc is set if nothing has `started` it. Returns whether all products
+  // of q and k are finite, as far as that is known for nothing.
+  bool key_block(const ScoreMaker<T>& maker, const Dropout& dropout, int64_t first, int rows, const Slot<T>* slots,
+                 int count, bool started, const QueryBlock<T>& block, SoftmaxRows<T>& softmax) const {
     constexpr int ld = kScoreStride<T>;
+    bool all_finite = true;
     for (int s = 0; s < count; ++s) {
-      multiply_panels<T>(rows, block.q, ldq, keys.kt + slots[s].first_key * p.D, p.D, block.scores + s * kUnit, ld,
-                         slots[s].groups);
+      const Slot<T>& slot = slots[s];
+      T* scores = block.scores + s * kUnit;
+      if (by_rows) {
+        const int columns = slot.groups[0].end;
+        all_finite &=
+            multiply_few<T>(rows, block.q, ldq, slot.k, slot.ldk, columns, static_cast<T>(p.scale), scores, ld);
+      } else {
+        multiply_panels<T>(rows, block.q, ldq, slot.k, p.D, scores, ld, slot.groups);
+      }
     }
     int seen[kQueryBlock] = {};
     for (int s = 0; s < count; ++s) {
-      finish_scores(maker, first, rows, slots[s], s * kUnit, keys, block.scores, seen, softmax.poisoned);
+      finish_scores(maker, first, rows, slots[s], s * kUnit, block.scores, seen, softmax.poisoned);
     }
     for (int i = 0; i < rows; ++i) softmax.lanes[i] = maximum(block.scores + i * ld, seen[i]);
     softmax.raise_maxima(rows);
@@ -244,22 +342,23 @@ struct Forward {
     for (int s = 0; s < count; ++s) {
       Range depth[kQueryGroups];
       for (int g = 0; g < row_groups(rows); ++g) depth[g] = {slots[s].groups[g].begin, slots[s].groups[g].end};
-      multiply_rows<T>(rows, block.scores + s * kUnit, ld, 1, keys.v + slots[s].first_key * ldv, ldv,
+      multiply_rows<T>(rows, block.scores + s * kUnit, ld, 1, slots[s].v, slots[s].ldv,
                        static_cast<int>(padded<T>(p.Dv)), block.acc, ldv, depth, started || s > 0);
     }
+    return all_finite;
   }
 
   // Products with the unit of `slot`, at `offset` of a row's scores, become scores; columns before them that a row has
   // not seen become -inf. seen[i] is the number of columns up to the last one that row i sees.
-  void finish_scores(const ScoreMaker<T>& maker, int64_t first, int rows, const Slot& slot, int offset,
-                     const PackedKeys<T>& keys, T* scores, int* seen, bool* poisoned) const {
+  void finish_scores(const ScoreMaker<T>& maker, int64_t first, int rows, const Slot<T>& slot, int offset, T* scores,
+                     int* seen, bool* poisoned) const {
     for (int i = 0; i < rows; ++i, scores += kScoreStride<T>) {
       const GroupView& view = slot.groups[i / kMR];
       const int n = maker.visible.columns(first + i, slot.first_key, view.end);
       if (n == 0) continue;
       for (int c = seen[i]; c < offset; ++c) scores[c] = -T(INFINITY);
       maker.finish(first + i, slot.first_key, n, view.masked, scores + offset);
-      if (slot.marked) poisoned[i] |= attends(keys.bad_key + slot.first_key, scores + offset, n);
+      if (slot.bad_key != nullptr) poisoned[i] |= attends(slot.bad_key, scores + offset, n);
       seen[i] = offset + n;
     }
   }
@@ -306,7 +405,7 @@ void attention_forward(const AttentionForward& p) {
   const int64_t blocks = (p.L + kQueryBlock - 1) / kQueryBlock;
   const bool by_head = threads == 1 || kv_heads >= kHeadsPerThread * threads;
 
-  const int64_t packs = by_head ? smaller<int64_t>(threads, kv_heads) : kv_heads;
+  const int64_t packs = kernel.streamed ? threads : by_head ? smaller<int64_t>(threads, kv_heads) : kv_heads;
   PackedKeys<T>* keys = nullptr;
   QueryBlock<T>* buffers = nullptr;
   const auto lay_out = [&](Carver carver) {
@@ -314,7 +413,7 @@ void attention_forward(const AttentionForward& p) {
     buffers = carver.take<QueryBlock<T>>(threads);
     kernel.mask.blocks.data = carver.take<GroupView>(kernel.mask.count);
     for (int64_t i = 0; i < packs; ++i) {
-      const PackedKeys<T> piece(carver, p.S, p.D, kernel.ldv);
+      const PackedKeys<T> piece(carver, kernel.packed_units(), kernel.ldk, kernel.ldv);
       if (keys != nullptr) keys[i] = piece;
     }
     for (int i = 0; i < threads; ++i) {
@@ -329,21 +428,28 @@ void attention_forward(const AttentionForward& p) {
   const auto run_block = [&](int64_t kv, int64_t g, int64_t block, const PackedKeys<T>& packed, int worker) {
     const int64_t first = block * kQueryBlock;
     const int rows = static_cast<int>(smaller<int64_t>(kQueryBlock, p.L - first));
-    kernel.query_block(kv / p.Hkv, kv % p.Hkv * group + g, first, rows, packed, buffers[worker]);
+    const int64_t b = kv / p.Hkv, h = kv % p.Hkv * group + g;
+    if (kernel.in_place && kernel.query_block(b, h, first, rows, packed, true, buffers[worker])) return;
+    kernel.query_block(b, h, first, rows, packed, false, buffers[worker]);
   };
+  const int64_t heads = kv_heads * group;
+  if (kernel.streamed) {
+    parallel_for(threads, heads,
+                 [&](int worker, int64_t i) { run_block(i / group, i % group, 0, keys[worker], worker); });
+    return;
+  }
   if (by_head) {
     parallel_for(threads, kv_heads, [&](int worker, int64_t kv) {
-      for (int64_t u = 0; u < kernel.units; ++u) kernel.pack_unit(kv / p.Hkv, kv % p.Hkv, u, keys[worker]);
+      for (int64_t u = 0; u < kernel.units; ++u) kernel.pack_unit(kv / p.Hkv, kv % p.Hkv, u, u, keys[worker]);
       for (int64_t i = 0; i < group * blocks; ++i) run_block(kv, i / blocks, i % blocks, keys[worker], worker);
     });
     return;
   }
   parallel_for(threads, kv_heads * kernel.units, [&](int, int64_t i) {
     const int64_t kv = i / kernel.units;
-    kernel.pack_unit(kv / p.Hkv, kv % p.Hkv, i % kernel.units, keys[kv]);
+    kernel.pack_unit(kv / p.Hkv, kv % p.Hkv, i % kernel.units, i % kernel.units, keys[kv]);
   });
   // The last blocks first: under a causal mask they are the longest.
-  const int64_t heads = kv_heads * group;
   parallel_for(threads, heads * blocks, [&](int worker, int64_t i) {
     const int64_t head = i % heads;
     run_block(head / group, head % group, blocks - 1 - i / heads, keys[head / group], worker);

@@ -59,6 +59,14 @@ def test_strides_change_no_bit(long: bool, data: st.DataObject) -> None:
     assert_bitwise(run(problem), run(contiguous), problem)
 
 
+@pytest.mark.parametrize("operand", ["k", "v"])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_keys_read_in_place_or_not_change_no_bit(kv_heads: int, operand: str) -> None:
+    problem = make((2,), 2, kv_heads, 3, 131, 16, 16)
+    strided = replace(problem, **{operand: getattr(problem, operand).repeat_interleave(2, -1)[..., ::2]})
+    assert_bitwise(run(strided), run(problem), problem)
+
+
 @by_length
 @given(data=st.data())
 def test_threads_change_no_bit(long: bool, data: st.DataObject) -> None:
@@ -87,6 +95,9 @@ def test_inference_is_the_forward_of_training(long: bool, data: st.DataObject) -
 REGIMES = {
     "one query, one key": {"q_len": 1, "kv_len": 1},  # softmax is constant: dq and dk are 0
     "decoding": {"q_len": 1, "kv_len": 521},  # too few queries for a tile
+    "decoding in whole vectors": {"q_len": 1, "kv_len": 521, "head_dim": 64, "v_dim": 32},  # keys are read in place
+    "few queries for many heads": {"q_len": 4, "kv_len": 521, "q_heads": 6, "head_dim": 16, "v_dim": 16},
+    "a block of queries": {"q_len": 24, "kv_len": 521, "kv_heads": 2},  # reads all keys, so they are packed on the way
     "a unit of keys": {"q_len": 61, "kv_len": 64},
     "one key over a unit": {"q_len": 61, "kv_len": 65},
     "a block of keys": {"q_len": 17, "kv_len": 256},
@@ -317,11 +328,11 @@ def test_dropout_seeds() -> None:
 
 # ---- masked positions do not exist -----------------------------------------------------------------------------------
 
-MASKS: dict[str, Callable[[], dict[str, object]]] = {
-    "causal": lambda: {"causal": pyattn.Causal("lower_right", prefix=3)},
-    "bool": lambda: {"mask": torch.rand(67, 131, generator=torch.Generator().manual_seed(1)) < 0.5},
-    "padding": lambda: {"mask": torch.arange(131) < torch.tensor([70, 131]).view(2, 1, 1, 1)},
-    "bias": lambda: {"bias": torch.where(torch.arange(67).view(67, 1) % 3 == torch.arange(131) % 3, 0.5, -torch.inf)},
+MASKS: dict[str, Callable[[int], dict[str, object]]] = {
+    "causal": lambda L: {"causal": pyattn.Causal("lower_right", prefix=3)},
+    "bool": lambda L: {"mask": torch.rand(67, 131, generator=torch.Generator().manual_seed(1))[:L] < 0.5},
+    "padding": lambda L: {"mask": torch.arange(131) < torch.tensor([70, 131]).view(2, 1, 1, 1)},
+    "bias": lambda L: {"bias": torch.where(torch.arange(L).view(L, 1) % 3 == torch.arange(131) % 3, 0.5, -torch.inf)},
 }
 
 
@@ -329,12 +340,14 @@ MASKS: dict[str, Callable[[], dict[str, object]]] = {
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("where", ["q", "k", "v", "do"])
-def test_garbage_reaches_only_who_attends(where: str, mask: str, garbage: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("L", [67, 3])
+def test_garbage_reaches_only_who_attends(L: int, where: str, mask: str, garbage: float, dtype: torch.dtype) -> None:
     """NaN or infinity in one row: every query that attends to it is lost, and not a bit of any other changes."""
-    clean = make(kv_heads=2, dtype=dtype, **MASKS[mask]())
+    head_dims = (13, 7) if L == 67 else (16, 16)  # few queries, in whole vectors, read their keys in place
+    clean = make((2,), 2, 2, L, 131, *head_dims, dtype=dtype, **MASKS[mask](L))
     if clean.bias is not None:
         clean = replace(clean, bias=clean.bias.to(dtype))
-    row = 61 if where in ("q", "do") else 99
+    row = L - 2 if where in ("q", "do") else 99
     dirty = replace(clean, **{where: getattr(clean, where).clone()})
     getattr(clean, where)[1, 0, row] = 0.0
     getattr(dirty, where)[1, 0, row] = 0.0
@@ -342,7 +355,7 @@ def test_garbage_reaches_only_who_attends(where: str, mask: str, garbage: float,
 
     attend = clean.attended()
     queries = torch.zeros(attend.shape[:-1], dtype=torch.bool)
-    queries[1, 0] = (torch.arange(67) == row) if where in ("q", "do") else attend[1, 0, :, row]
+    queries[1, 0] = (torch.arange(L) == row) if where in ("q", "do") else attend[1, 0, :, row]
     keys = (attend & queries.unsqueeze(-1)).any(dim=-2)
     results, expected = run(dirty), run(clean)
     for name, rows in (("out", queries), ("dq", queries), ("dk", keys), ("dv", keys)):
@@ -355,9 +368,10 @@ def test_garbage_reaches_only_who_attends(where: str, mask: str, garbage: float,
 
 
 @pytest.mark.parametrize("operand", ["k", "v"])
-def test_attended_infinity_of_no_weight(operand: str) -> None:
+@pytest.mark.parametrize(("q_len", "head_dim"), [(5, 3), (2, 16)])
+def test_attended_infinity_of_no_weight(q_len: int, head_dim: int, operand: str) -> None:
     """q.k = -inf would give the weight 0 and hide the infinity; the row is lost all the same."""
-    problem = make((1,), 1, 1, 5, 7, 3, 3)
+    problem = make((1,), 1, 1, q_len, 7, head_dim, head_dim)
     problem = replace(problem, q=problem.q.abs())
     getattr(problem, operand)[0, 0, 4, 0] = -torch.inf
     assert not pyattn.attention(problem.q, problem.k, problem.v).isfinite().any()
