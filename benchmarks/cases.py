@@ -55,7 +55,8 @@ class Case(Protocol):
     dtype: str
     mask: str
     shape: Shape
-    results: tuple[str, ...]  # names of what `truth` returns: the output, then the gradient of each input
+    directions: tuple[str, ...]  # it is measured in
+    results: tuple[str, ...]  # names of what `truth` returns: the output, then, for training, each input's gradient
     yardstick: str  # the route whose error bounds ours
 
     def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
@@ -96,7 +97,7 @@ def _inference(route: Route) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self-attention on contiguous (B, H, S, D): no mask, causal, or half of the keys padding (a bool mask).
+    """Attention on contiguous tensors: no mask, causal, or half of the keys padding (a bool mask).
 
     The padding is ragged: sample b of B has round(S (2b + 1) / 2B) real tokens, so from sample to sample the lengths
     rise evenly and their mean is S / 2. Padded queries are computed like any other, as every route does.
@@ -104,16 +105,22 @@ class Attention:
 
     dtype: str
     mask: str
-    shape: Shape  # (B, H, S, D)
+    shape: Shape  # (B, H, S, D), or (B, H, L, S, D) with fewer queries than keys
+    directions: tuple[str, ...] = DIRECTIONS
     op: str = "attention"
-    results: tuple[str, ...] = ("out", "dq", "dk", "dv")
     yardstick: str = "sdpa"
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        return ("out", "dq", "dk", "dv") if TRAINING in self.directions else ("out",)
 
     def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
         # Drawn on the CPU, so that every device gets the same numbers.
         generator = torch.Generator().manual_seed(seed)
+        batch, heads, queries, keys, head_dim = self._sizes
         q, k, v, grad_out = (
-            torch.randn(self.shape, generator=generator).to(device, DTYPES[self.dtype]) for _ in range(4)
+            torch.randn(batch, heads, length, head_dim, generator=generator).to(device, DTYPES[self.dtype])
+            for length in (queries, keys, keys, queries)
         )
         return [q, k, v], grad_out
 
@@ -122,7 +129,7 @@ class Attention:
         problem = {"mask": self._padding(q.device.type), "scale": self._scale, "causal": self.mask == "causal"}
         out, _ = pyattn.reference.attention_forward(q, k, v, **problem)
         dq, dk, dv, _ = pyattn.reference.attention_backward(do, None, q, k, v, **problem)
-        return [out, dq, dk, dv]
+        return [out, dq, dk, dv][: len(self.results)]
 
     def routes(self, device: str) -> dict[str, Route]:
         """pyattn; torch's SDPA as it chooses for itself and, on a GPU, with each backend forced; and the formula."""
@@ -140,35 +147,41 @@ class Attention:
         """Per head and visible pair: q.k and the pair's part of P V, each D multiply-adds, make 4 D in the forward.
         The backward's five products (the scores again, dP, dV, dQ, dK) make 10 D. The softmax is left out, as usual.
         """
-        heads, head_dim = self.shape[1], self.shape[3]
+        heads, head_dim = self.shape[1], self.shape[-1]
         return (4 if direction == FORWARD else 14) * heads * head_dim * self.visible_pairs
 
     def bytes(self, direction: str) -> int:
         """What has to cross memory once: q, k, v and out; backward too, q, k, v, out, do and dq, dk, dv (8 more) and
         the log-sum-exp in fp32, written and read. It is reached when everything else stays in cache."""
-        tensor = math.prod(self.shape) * DTYPES[self.dtype].itemsize
-        lse = math.prod(self.shape[:3]) * torch.float32.itemsize
-        return 4 * tensor if direction == FORWARD else 12 * tensor + 2 * lse
+        batch, heads, queries, keys, head_dim = self._sizes
+        tensors = batch * heads * (queries + keys) * head_dim * DTYPES[self.dtype].itemsize  # q and k, v and out, ...
+        lse = batch * heads * queries * torch.float32.itemsize
+        return 2 * tensors if direction == FORWARD else 6 * tensors + 2 * lse
 
     def smallest(self) -> "Attention":
-        return replace(self, shape=(1, 1, 2, self.shape[3]))
+        return replace(self, shape=(1, 1, 2, self.shape[-1]))
 
     @property
     def visible_pairs(self) -> int:
-        """(query, key) pairs of one head that see each other, summed over the batch: S^2 per sample; causal, the
-        triangle with its diagonal; padding, every query with each real token."""
-        batch, _, length, _ = self.shape
+        """(query, key) pairs of one head that see each other, summed over the batch: L S per sample; causal, the
+        triangle with its diagonal (query i sees the keys up to i); padding, every query with each real token."""
+        batch, _, queries, keys, _ = self._sizes
         if self.mask == "causal":
-            return batch * length * (length + 1) // 2
-        return length * sum(self._lengths if self.mask == "padding" else [length] * batch)
+            return batch * queries * (queries + 1) // 2
+        return queries * sum(self._lengths if self.mask == "padding" else [keys] * batch)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int, int, int]:
+        batch, heads, *lengths, head_dim = self.shape
+        return batch, heads, lengths[0], lengths[-1], head_dim
 
     @property
     def _scale(self) -> float:
-        return 1 / math.sqrt(self.shape[3])
+        return 1 / math.sqrt(self.shape[-1])
 
     @property
     def _lengths(self) -> list[int]:
-        batch, length = self.shape[0], self.shape[2]
+        batch, length = self.shape[0], self.shape[-2]
         return [max(1, round(length * (2 * b + 1) / (2 * batch))) for b in range(batch)]
 
     def _padding(self, device: str) -> Tensor | None:
@@ -176,14 +189,15 @@ class Attention:
         if self.mask != "padding":
             return None
         lengths = torch.tensor(self._lengths, device=device).view(-1, 1, 1, 1)
-        return torch.arange(self.shape[2], device=device) < lengths
+        return torch.arange(self.shape[-2], device=device) < lengths
 
     def _bias(self, device: str) -> Tensor | None:
         """The mask as the formula takes it fastest, 0 or -inf to be added: measured beside masked_fill, whose backward
         costs another pass (EPYC Zen 3, fp32 (1,12,512,64), forward + backward: 56 against 70 ms)."""
         visible = self._padding(device)
         if self.mask == "causal":
-            visible = torch.ones(self.shape[2], self.shape[2], dtype=torch.bool, device=device).tril()
+            _, _, queries, keys, _ = self._sizes
+            visible = torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
         if visible is None:
             return None
         return torch.zeros(visible.shape, device=device, dtype=DTYPES[self.dtype]).masked_fill(~visible, -math.inf)
@@ -199,7 +213,8 @@ def _formula(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | No
 
 
 # 12 heads of 64 are BERT-base and its kin, from a short sentence to a full context; 77 is CLIP's text and 197 a vision
-# transformer's 14 x 14 patches with its class token, both primes to every tile; (1,16,257,80) is ViT-H's head_dim.
+# transformer's 14 x 14 patches with its class token, both primes to every tile; (1,16,257,80) is ViT-H's head_dim. One
+# query is a step of decoding.
 SHAPES: tuple[Shape, ...] = (
     (1, 12, 16, 64),
     (1, 12, 32, 64),
@@ -215,14 +230,17 @@ SHAPES: tuple[Shape, ...] = (
     (1, 8, 1024, 32),
     (1, 4, 1024, 128),
     (1, 2, 1024, 256),
+    (1, 12, 1, 1024, 64),
+    (8, 12, 1, 512, 64),
 )
+DECODING = 5  # numbers in such a shape
 TINY: Shape = (1, 1, 1, 8)  # its time is the cost of a call
 
 # float64 serves gradient checks rather than models: two points show that it is no afterthought.
 GRID = {"fp32": SHAPES, "bf16": SHAPES, "fp16": SHAPES, "fp64": ((1, 12, 128, 64), (1, 12, 512, 64))}
 
 # Without bf16 instructions torch takes half a second for one backward at S = 512, so the minute allows it in fp32 only.
-QUICK_SHAPES: tuple[Shape, ...] = ((1, 12, 32, 64), (1, 12, 128, 64))
+QUICK_SHAPES: tuple[Shape, ...] = ((1, 12, 32, 64), (1, 12, 128, 64), (1, 12, 1, 1024, 64))
 QUICK_GRID = {"fp32": (*QUICK_SHAPES, (2, 3, 197, 64), (1, 12, 512, 64)), "bf16": QUICK_SHAPES, "fp16": QUICK_SHAPES}
 
 
@@ -232,10 +250,12 @@ def attention_suite(
     """The grid, or the part of it that is asked for; shapes asked for need not be on it."""
     grid = QUICK_GRID if quick else GRID
     cases = [
-        Attention(dtype, mask, shape)
+        # Decoding does not train; and its single query sees all keys, where one of a causal mask sees the first.
+        Attention(dtype, mask, shape, DIRECTIONS if shapes or len(shape) != DECODING else (FORWARD,))
         for dtype in dtypes or grid
         for mask in masks or MASKS
         for shape in shapes or grid.get(dtype, ())
+        if shapes or len(shape) != DECODING or mask != "causal"
     ]
     tiny = [] if shapes else [Attention(dtype, "full", TINY) for dtype in dtypes or ["fp32"]]
     return [*cases, *tiny]
@@ -248,6 +268,7 @@ class CrossEntropy:
     dtype: str
     mask: str
     shape: Shape  # (rows, classes)
+    directions: tuple[str, ...] = DIRECTIONS
     op: str = "cross_entropy"
     results: tuple[str, ...] = ("loss", "dinput")
     yardstick: str = "torch"

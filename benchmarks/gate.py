@@ -44,7 +44,8 @@ def check(case: Case, candidate: Route, device: str, seeds: int = SEEDS) -> list
         inputs, grad_out = case.inputs(seed, device)
         truth = case.truth(inputs, grad_out)
         for row, route in enumerate((candidate, yardstick)):
-            differences = [x - t for x, t in zip(_results(route, inputs, grad_out), truth, strict=True)]
+            results = _results(route, inputs, grad_out, trained=len(truth) > 1)
+            differences = [x - t for x, t in zip(results, truth, strict=True)]
             squares[row] += _squares(differences)
         squares[2] += _squares(truth)
         squares[3] += _squares([grad_out.double()])
@@ -64,11 +65,11 @@ def _floor(dtype: torch.dtype, numbers: int) -> float:
     return FLOOR_EPS * torch.finfo(dtype).eps if meaningless else 0.0
 
 
-def _results(route: Route, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
-    leaves = [x.detach().requires_grad_() for x in inputs]
+def _results(route: Route, inputs: Sequence[Tensor], grad_out: Tensor, trained: bool) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_(trained) for x in inputs]
     with route.context():
         out = route.call(*leaves)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
+        return [out.detach(), *(torch.autograd.grad(out, leaves, grad_out) if trained else ())]
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:

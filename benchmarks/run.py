@@ -52,7 +52,9 @@ class Bench:
             errors = check(case, routes[PYATTN], self.device, self.seeds)
             if all(error.passed for error in errors):
                 routes = {name: route for name, route in routes.items() if self._runs(case, name, route)}
-                return [self._row(case, routes, direction) for direction in self.directions]
+                return [
+                    self._row(case, routes, direction) for direction in self.directions if direction in case.directions
+                ]
             reason = "the error is above the limit"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
@@ -63,7 +65,7 @@ class Bench:
         if name in (PYATTN, case.yardstick) or self.device == "cpu":
             return True
         try:
-            step = variants(case, {name: route}, self.directions[-1], self.device)[name]
+            step = variants(case, {name: route}, case.directions[-1], self.device)[name]
             with step.context(), warnings.catch_warnings(action="ignore"):
                 step.call()
         except RuntimeError:
@@ -116,7 +118,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--op", help="only this op of the suite")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES)
     parser.add_argument("--mask", nargs="+", choices=MASKS)
-    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="B,H,S,D", help="these instead of the grid's")
+    parser.add_argument(
+        "--shapes", nargs="+", type=_shape, metavar="B,H,S,D", help="(or B,H,L,S,D) instead of the grid's"
+    )
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch and pyattn alike (default 1)")

@@ -46,17 +46,25 @@ def test_bytes_count_each_tensor_once():
     assert case.bytes(cases.FORWARD) == 4 * tensor
     assert case.bytes(cases.TRAINING) == 12 * tensor + 2 * lse
 
+    queries, keys, lse = 2 * 3 * 5 * 8 * 2, 2 * 3 * 17 * 8 * 2, 2 * 3 * 5 * 4
+    case = cases.Attention("bf16", "full", (2, 3, 5, 17, 8))
+    assert case.bytes(cases.FORWARD) == 2 * queries + 2 * keys
+    assert case.bytes(cases.TRAINING) == 6 * queries + 6 * keys + 2 * lse
+
 
 def test_half_of_the_tokens_are_padding():
     for shape in cases.SHAPES:
         case = cases.Attention("fp32", "padding", shape)
         full = cases.Attention("fp32", "full", shape)
-        assert case.visible_pairs / full.visible_pairs == pytest.approx(0.5, abs=1 / shape[2])
+        assert case.visible_pairs / full.visible_pairs == pytest.approx(0.5, abs=1 / shape[-2])
+
+
+SHAPES = {"full": (2, 3, 5, 17, 8), "causal": (2, 3, 17, 8), "padding": (2, 3, 5, 17, 8)}
 
 
 @pytest.mark.parametrize("mask", cases.MASKS)
 def test_every_route_computes_the_truth(mask):
-    case = cases.Attention("fp64", mask, (2, 3, 17, 8))
+    case = cases.Attention("fp64", mask, SHAPES[mask])
     inputs, grad_out = case.inputs(seed=0, device="cpu")
     out, *_ = case.truth(inputs, grad_out)
     for route in case.routes("cpu").values():
@@ -242,10 +250,10 @@ def test_memory_of_one_call():
 
 
 def test_list_names_every_case(capsys):
-    assert run.main(["--list", "--dtype", "fp32", "--mask", "causal"]) == 0
+    assert run.main(["--list", "--dtype", "fp32", "--mask", "padding"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if "causal" in line] == [
-        f"attention  fp32  causal   {shape}" for shape in cases.SHAPES
+    assert [line for line in lines if "padding" in line] == [
+        f"attention  fp32  padding  {shape}" for shape in cases.SHAPES
     ]
     assert lines[-1] == f"attention  fp32  full     {cases.TINY}"
 
