@@ -28,16 +28,16 @@ constexpr int kMaxChunks = 8;
 // packed as zeros: the lse of the rows that attend them is NaN already, so are P and dS there, and nowhere else.
 template <class T>
 struct KeySpan {
-  T* kt;       // [unit][panel][D][kPanel], times scale
-  T* vt;       // [unit][panel][Dv][kPanel], times dropout's 1 / (1 - p)
+  T* kt;       // [unit][panel][D][kPanel], times scale; not used by rows
+  T* vt;       // [unit][panel][Dv][kPanel], times dropout's 1 / (1 - p); by rows, [key][ldv], without
   T* k;        // [key][ldk]
   T *dk, *dv;  // [key][ldk], [key][ldv]: sums, without scale and 1 / (1 - p)
 
   KeySpan() = default;
-  KeySpan(Carver& carver, int64_t keys, int64_t D, int64_t Dv, int64_t ldk, int64_t ldv) {
+  KeySpan(Carver& carver, int64_t keys, int64_t D, int64_t ldk, int64_t ldv) {
     const int64_t units = (keys + kUnit - 1) / kUnit;
     kt = carver.take<T>(units * kUnit * D);
-    vt = carver.take<T>(units * kUnit * Dv);
+    vt = carver.take<T>(units * kUnit * ldv);
     k = carver.take<T>(keys * ldk);
     dk = carver.take<T>(keys * ldk);
     dv = carver.take<T>(keys * ldv);
@@ -167,6 +167,7 @@ template <class T>
 struct Backward {
   const AttentionBackward& p;
   const int64_t ldk, ldv, units, chunk_units, chunks, group, tile_rows;
+  const bool by_rows;  // K and V are not transposed, as in the forward
   const T keep_scale;
   BiasGradient<T> dbias;
   MaskSummary mask;
@@ -180,6 +181,7 @@ struct Backward {
         chunks(larger<int64_t>(1, (units + chunk_units - 1) / chunk_units)),
         group(p.Hkv == 0 ? 0 : p.Hq / p.Hkv),
         tile_rows(p.L < kShortQueries ? kShortTileRows : kTileRows),
+        by_rows(p.L <= kFewQueries),
         keep_scale(static_cast<T>(Dropout::scale(p))),
         dbias(problem, chunks),
         mask(problem) {}
@@ -191,14 +193,23 @@ struct Backward {
     const Matrix k = matrix(p, p.k, b, kv_head), v = matrix(p, p.v, b, kv_head);
     for (int64_t first = begin; first < end; first += kUnit) {
       const int64_t keys = smaller<int64_t>(kUnit, end - first), at = first - begin;
-      const bool finite = pack_transposed<T>(k, first, keys, p.D, static_cast<T>(p.scale), to.kt + at * p.D) &
-                          pack_transposed<T>(v, first, keys, p.Dv, keep_scale, to.vt + at * p.Dv) &
-                          pack_rows<T>(k, first, keys, p.D, to.k + at * ldk, ldk);
+      T *kt = to.kt + at * p.D, *vt = to.vt + at * (by_rows ? ldv : p.Dv), *rows = to.k + at * ldk;
+      bool finite = pack_rows<T>(k, first, keys, p.D, rows, ldk);
+      if (by_rows) {
+        finite &= pack_rows<T>(v, first, keys, p.Dv, vt, ldv);
+      } else {
+        finite &= pack_transposed<T>(k, first, keys, p.D, static_cast<T>(p.scale), kt) &
+                  pack_transposed<T>(v, first, keys, p.Dv, keep_scale, vt);
+      }
       for (int64_t c = 0; !finite && c < keys; ++c) {
         if (row_is_finite<T>(k, first + c, p.D) && row_is_finite<T>(v, first + c, p.Dv)) continue;
-        clear_packed_key(to.kt + at * p.D, c, p.D);
-        clear_packed_key(to.vt + at * p.Dv, c, p.Dv);
-        memset(to.k + (at + c) * ldk, 0, ldk * sizeof(T));
+        memset(rows + c * ldk, 0, ldk * sizeof(T));
+        if (by_rows) {
+          memset(vt + c * ldv, 0, ldv * sizeof(T));
+        } else {
+          clear_packed_key(kt, c, p.D);
+          clear_packed_key(vt, c, p.Dv);
+        }
       }
     }
     memset(to.dk, 0, (end - begin) * ldk * sizeof(T));
@@ -344,8 +355,14 @@ struct Backward {
     constexpr int ld = kTileStride;
     const int64_t at = first_key - origin;
     const T *q = queries.q + first * ldk, *dout = queries.dout + first * ldv;
-    multiply_panels<T>(rows, q, ldk, keys.kt + at * p.D, p.D, queries.p, ld, groups);
-    multiply_panels<T>(rows, dout, ldv, keys.vt + at * p.Dv, p.Dv, queries.ds, ld, groups);
+    if (by_rows) {
+      const T scale = static_cast<T>(p.scale);
+      multiply_few<T>(rows, q, ldk, keys.k + at * ldk, ldk, padded<T>(p.D), count, scale, queries.p, ld);
+      multiply_few<T>(rows, dout, ldv, keys.vt + at * ldv, ldv, padded<T>(p.Dv), count, keep_scale, queries.ds, ld);
+    } else {
+      multiply_panels<T>(rows, q, ldk, keys.kt + at * p.D, p.D, queries.p, ld, groups);
+      multiply_panels<T>(rows, dout, ldv, keys.vt + at * p.Dv, p.Dv, queries.ds, ld, groups);
+    }
 
     const Matrix bias = dbias.on ? matrix(p, dbias.sums, b, h) : Matrix{};
     for (int i = 0; i < rows; ++i) {
@@ -426,7 +443,7 @@ void attention_backward(const AttentionBackward& p) {
     kernel.dbias.sums.data = kernel.dbias.scratch > 0 ? carver.take<T>(kernel.dbias.scratch) : p.dbias.data;
     kernel.mask.blocks.data = carver.take<GroupView>(kernel.mask.count);
     for (int i = 0; i < threads; ++i) {
-      const KeySpan<T> key_piece(carver, span, p.D, p.Dv, kernel.ldk, kernel.ldv);
+      const KeySpan<T> key_piece(carver, span, p.D, kernel.ldk, kernel.ldv);
       const QuerySpan<T> query_piece(carver, p.L, kernel.ldk, kernel.ldv);
       if (keys == nullptr) continue;
       keys[i] = key_piece;

@@ -154,8 +154,8 @@ static_assert(kFewQueries <= kMR);
 // scores[i][c] = scale q[i].k[c], filled up to a whole vector by repetitions of the last key; returns whether all are
 // finite. A sum per lane, and those as a tree: short sums, whatever D.
 template <class T>
-bool multiply_few(int rows, const T* q, int64_t ldq, const T* k, int64_t ldk, int keys, T scale, T* scores,
-                  int64_t ld) {
+bool multiply_few(int rows, const T* q, int64_t ldq, const T* k, int64_t ldk, int64_t depth, int keys, T scale,
+                  T* scores, int64_t ld) {
   constexpr int W = kWidth<T>;
   const auto add = [](Vec<T> a, Vec<T> b) { return a + b; };
   FiniteCheck<T> check;
@@ -164,7 +164,7 @@ bool multiply_few(int rows, const T* q, int64_t ldq, const T* k, int64_t ldk, in
     for (int j = 0; j < W; ++j) key[j] = k + smaller(c + j, keys - 1) * ldk;
     for (int i = 0; i < rows; ++i) {
       Vec<T> lanes[W] = {};
-      for (int64_t d = 0; d < ldq; d += W) {
+      for (int64_t d = 0; d < depth; d += W) {
         const Vec<T> x = load(q + i * ldq + d);
 #pragma GCC unroll 16
         for (int j = 0; j < W; ++j) lanes[j] += x * load(key[j] + d);
@@ -300,9 +300,9 @@ struct Forward {
       const Slot<T>& slot = slots[s];
       T* scores = block.scores + s * kUnit;
       if (by_rows) {
+        const T scale = static_cast<T>(p.scale);
         const int columns = slot.groups[0].end;
-        all_finite &=
-            multiply_few<T>(rows, block.q, ldq, slot.k, slot.ldk, columns, static_cast<T>(p.scale), scores, ld);
+        all_finite &= multiply_few<T>(rows, block.q, ldq, slot.k, slot.ldk, ldq, columns, scale, scores, ld);
       } else {
         multiply_panels<T>(rows, block.q, ldq, slot.k, p.D, scores, ld, slot.groups);
       }
