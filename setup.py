@@ -17,7 +17,8 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension
 from pybind11.setup_helpers import build_ext as pybind11_build_ext
 from setuptools import setup
-from setuptools.errors import CCompilerError, CompileError, PlatformError
+from setuptools.errors import CompileError, LinkError, PlatformError
+from setuptools.modified import newer_group
 
 CSRC = Path("csrc")
 KERNELS = [str(CSRC / "kernels.cpp")]
@@ -35,9 +36,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     }  # fmt: skip
 
 NO_COMPILER = """
-pyattn needs a C++17 compiler to build its CPU kernels, and none was found or the one found does not work.
-  Debian, Ubuntu:  apt-get install g++
-  Fedora:          dnf install gcc-c++
+pyattn needs a C++17 compiler and Python's headers to build its CPU kernels; there are none, or they do not work.
+  Debian, Ubuntu:  apt-get install g++ python3-dev
+  Fedora:          dnf install gcc-c++ python3-devel
   conda:           conda install -c conda-forge cxx-compiler
   macOS:           xcode-select --install
 Then run the installation again. (CXX=/path/to/compiler chooses one by hand.)
@@ -51,9 +52,11 @@ class build_ext(pybind11_build_ext):
         """Whether the compiler accepts `flags`: an old compiler loses a variant, not the build."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
-            source.write_text("int main() { return 0; }")
+            source.write_text(
+                "#include <Python.h>\n#include <optional>\nint main() { return std::optional<int>(0).value(); }"
+            )
             try:
-                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=flags)
+                self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-std=c++17", *flags])
             except CompileError:
                 return False
         return True
@@ -62,7 +65,10 @@ class build_ext(pybind11_build_ext):
         compiler = getattr(self.compiler, "compiler_cxx", ["c++"])[0]
         if shutil.which(compiler) is None or not self.compiles([]):
             raise PlatformError(NO_COMPILER)
-        super().build_extensions()
+        try:
+            super().build_extensions()
+        except (CompileError, LinkError) as error:
+            raise PlatformError(f"{error}\n{NO_COMPILER}") from error
 
     def build_extension(self, ext: Pybind11Extension) -> None:
         variants = {name: flags for name, flags in VARIANTS.items() if not flags or self.compiles(flags)}
@@ -91,9 +97,13 @@ class build_ext(pybind11_build_ext):
         flags: Sequence[str] = (),
         folder: str = "",
     ) -> list[str]:
+        output_dir = str(Path(self.build_temp, folder))
+        objects: list[str] = self.compiler.object_filenames([source], output_dir=output_dir)
+        if not newer_group([source, __file__, *ext.depends], objects[0]):
+            return objects
         return self.compiler.compile(
             [source],
-            output_dir=str(Path(self.build_temp, folder)),
+            output_dir=output_dir,
             macros=macros,
             include_dirs=ext.include_dirs,
             depends=ext.depends,
@@ -114,7 +124,4 @@ extension = Pybind11Extension(
     extra_link_args=OPENMP,
 )
 
-try:
-    setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})
-except CCompilerError as error:
-    raise SystemExit(NO_COMPILER) from error
+setup(ext_modules=[extension], cmdclass={"build_ext": build_ext})

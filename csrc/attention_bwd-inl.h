@@ -265,7 +265,9 @@ struct Backward {
 
   // total += part
   void add_queries(int64_t begin, int64_t end, T* total, const T* part) const {
-    for (int64_t i = begin * ldk; i < end * ldk; i += kWidth<T>) store(total + i, load(total + i) + load(part + i));
+    for (int64_t i = begin * ldk; i < end * ldk; i += ldk) {
+      for (int64_t c = i; c < i + padded<T>(p.D); c += kWidth<T>) store(total + c, load(total + c) + load(part + c));
+    }
   }
 
   void store_queries(int64_t b, int64_t h, int64_t begin, int64_t end, const T* dq) const {
