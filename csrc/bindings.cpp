@@ -7,6 +7,7 @@
 #include "binding.h"
 #include "cross_entropy.h"
 #include "dispatch.h"
+#include "embedding_bag.h"
 #include "signature.h"
 
 namespace pyattn {
@@ -14,6 +15,7 @@ namespace {
 
 #include "bind_attention-inl.h"
 #include "bind_cross_entropy-inl.h"
+#include "bind_embedding_bag-inl.h"
 
 }  // namespace
 }  // namespace pyattn
@@ -35,6 +37,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("cross_entropy_backward", &pyattn::cross_entropy_backward, py::arg("dloss"), py::arg("m"), py::arg("l"),
         py::arg("operands"), py::arg("config"), py::arg("dinput"), py::arg("threads"),
         "Fills dinput; see pyattn.reference.cross_entropy_backward. Returns what cross_entropy_forward does.");
+  m.def("embedding_bag_forward", &pyattn::embedding_bag_forward, py::arg("operands"), py::arg("config"), py::arg("out"),
+        py::arg("largest"), py::arg("threads"),
+        "Fills out and, unless it is None, largest; see pyattn.reference.embedding_bag_forward for what they are. "
+        "Returns -1, or a bag with an id, length or offset that is none, and then has filled nothing of use.");
+  py::class_<pyattn::BagTerms>(m, "BagTerms", "The tokens of a problem that count, in the order of their rows.")
+      .def(py::init<const py::tuple&, const py::tuple&>(), py::arg("operands"), py::arg("config"))
+      .def_readonly("bad_bag", &pyattn::BagTerms::bad_bag, "What embedding_bag_forward returns.")
+      .def_property_readonly(
+          "rows", [](const pyattn::BagTerms& t) { return t.terms.rows; }, "Different rows among them.");
+  m.def("embedding_bag_backward", &pyattn::embedding_bag_backward, py::arg("terms"), py::arg("dout"),
+        py::arg("largest"), py::arg("operands"), py::arg("config"), py::arg("dweight"), py::arg("row_ids"),
+        py::arg("threads"),
+        "Fills dweight with the gradient; if row_ids is given, both with those rows alone that a token names.");
+  m.def("embedding_bag_weights_backward", &pyattn::embedding_bag_weights_backward, py::arg("dout"), py::arg("operands"),
+        py::arg("config"), py::arg("dw"), py::arg("threads"),
+        "Sets the gradient of the per-sample weights for the tokens that count. Returns what the forward does.");
   m.def(
       "isa", [] { return std::string(pyattn::kernels().isa); },
       "The kernel variant in use: the best available, or the one that PYATTN_ISA names.");

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "embedding_bag.h"
 
 namespace pyattn {
 
@@ -10,6 +11,7 @@ struct Kernels {
   const char* isa;
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
+  EmbeddingBagKernels embedding_bag;
 };
 
 }  // namespace pyattn

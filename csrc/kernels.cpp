@@ -24,6 +24,7 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "embedding_bag.h"
 #include "huge_pages.h"
 #include "kernel_table.h"
 
@@ -45,6 +46,7 @@ constexpr int kUnit = 64;
 #include "attention_fwd-inl.h"
 #include "attention_bwd-inl.h"
 #include "cross_entropy-inl.h"
+#include "embedding_bag-inl.h"
 // clang-format on
 
 void attention_forward(const AttentionForward& p) {
@@ -79,15 +81,43 @@ int64_t cross_entropy_backward(const CrossEntropyBackward& p) {
   return bad_row;
 }
 
+int64_t embedding_bag_forward(const EmbeddingBagForward& p) {
+  const int64_t bad_bag = p.weight.dtype == Dtype::kFloat64 ? bag_forward<double>(p) : bag_forward<float>(p);
+  trim_scratch();
+  return bad_bag;
+}
+
+int64_t embedding_bag_transpose(const EmbeddingBagProblem& p, EmbeddingBagTerms& terms) {
+  return p.weight.dtype == Dtype::kFloat64 ? bag_transpose<double>(p, terms) : bag_transpose<float>(p, terms);
+}
+
+void embedding_bag_backward(const EmbeddingBagBackward& p) {
+  if (p.weight.dtype == Dtype::kFloat64) {
+    bag_backward<double>(p);
+  } else {
+    bag_backward<float>(p);
+  }
+  trim_scratch();
+}
+
+int64_t embedding_bag_weights_backward(const EmbeddingBagBackward& p) {
+  const int64_t bad_bag =
+      p.weight.dtype == Dtype::kFloat64 ? bag_weights_backward<double>(p) : bag_weights_backward<float>(p);
+  trim_scratch();
+  return bad_bag;
+}
+
 #define PYATTN_NAME(variant) PYATTN_STRING(variant)
 #define PYATTN_STRING(text) #text
 
 }  // namespace
 
 extern const Kernels kKernels;
-const Kernels kKernels = {PYATTN_NAME(PYATTN_VARIANT),
-                          {attention_forward, attention_backward},
-                          {cross_entropy_forward, cross_entropy_backward}};
+const Kernels kKernels = {
+    PYATTN_NAME(PYATTN_VARIANT),
+    {attention_forward, attention_backward},
+    {cross_entropy_forward, cross_entropy_backward},
+    {embedding_bag_forward, embedding_bag_transpose, embedding_bag_backward, embedding_bag_weights_backward}};
 
 }  // namespace PYATTN_VARIANT
 }  // namespace pyattn

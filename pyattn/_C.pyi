@@ -37,6 +37,36 @@ def cross_entropy_backward(
     dinput: Tensor,
     threads: int,
 ) -> int: ...
+def embedding_bag_forward(
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float | None, ...],
+    out: Tensor,
+    largest: Tensor | None,
+    threads: int,
+) -> int: ...
+
+class BagTerms:
+    bad_bag: int
+    rows: int
+    def __init__(self, operands: tuple[Tensor | None, ...], config: tuple[str | int | float | None, ...]) -> None: ...
+
+def embedding_bag_backward(
+    terms: BagTerms,
+    dout: Tensor,
+    largest: Tensor | None,
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float | None, ...],
+    dweight: Tensor,
+    row_ids: Tensor | None,
+    threads: int,
+) -> None: ...
+def embedding_bag_weights_backward(
+    dout: Tensor,
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float | None, ...],
+    dw: Tensor,
+    threads: int,
+) -> int: ...
 def isa() -> str: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...

@@ -3,16 +3,18 @@
 The layers, downwards; a call goes through them in this order::
 
     attention.py  losses.py      public functions: types, checks, autograd; nn/ has them as modules
+      embedding.py
       _types.py  _checks.py      what annotations say, and what they cannot
       masks.py  _problem.py      attention's operands and scalars
       _dispatch.py               which backend runs it, and why the others refuse
       _attention_backends.py     what runs attention
       _cross_entropy.py          operands and scalars of cross-entropy, and what runs it
+      _embedding_bag.py          the same of the embedding bag
         csrc/                    C++ kernels (pyattn._C), one variant per instruction set
         kernels/                 Triton kernels (pyattn.kernels)
         reference.py             the definition, in plain PyTorch
     _ops.py  _transforms.py      the same ops for torch.compile and export, and for torch.func
-    _cross_entropy_ops.py
+    _cross_entropy_ops.py  _embedding_bag_ops.py
 """
 
 import torch as _torch  # first: the extension then shares torch's OpenMP pool
@@ -25,6 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from . import _cross_entropy_ops as _cross_entropy_ops
+from . import _embedding_bag_ops as _embedding_bag_ops
 from . import _ops as _ops
 from . import nn as nn
 from ._checks import DeviceError, DtypeError, ShapeError
@@ -36,6 +39,7 @@ from .attention import (
     dropout_mask,
     scaled_dot_product_attention,
 )
+from .embedding import embedding_bag
 from .losses import cross_entropy
 from .masks import Causal
 
@@ -50,6 +54,7 @@ __all__ = [
     "compute_attention",
     "cross_entropy",
     "dropout_mask",
+    "embedding_bag",
     "explain",
     "nn",
     "scaled_dot_product_attention",

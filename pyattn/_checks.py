@@ -295,3 +295,148 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
             f"target: expected class indices in [0, {classes}) or ignore_index={ignore_index}, got "
             f"{int(target[tuple(position)])}{where}"
         )
+
+
+# ---- embedding bag ---------------------------------------------------------------------------------------------------
+
+BAG_MODES = ("sum", "mean", "max")
+ID_DTYPES = (torch.int64, torch.int32)
+
+
+def check_embedding_bag(
+    weight: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    per_sample_weights: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    mode: str,
+    padding_idx: int | None,
+    include_last_offset: bool,
+    scale_grad_by_freq: bool,
+    dropout_p: float,
+) -> None:
+    """Everything about an embedding bag that a kernel relies on, except what ids, offsets and lengths are."""
+    for name, tensor in (
+        ("weight", weight),
+        ("input", input),
+        ("offsets", offsets),
+        ("per_sample_weights", per_sample_weights),
+        ("mask", mask),
+        ("lengths", lengths),
+    ):
+        if tensor is not None:
+            check_dense(name, tensor)
+            if tensor.device != weight.device:
+                raise DeviceError(f"{name}: expected weight's device {weight.device}, got {tensor.device}")
+    if weight.dim() != 2:
+        raise ShapeError(f"weight: expected shape (vocabulary, features), got {shape_text(weight)}")
+    if weight.dtype not in DTYPES:
+        raise DtypeError(f"weight: expected one of float32, bfloat16, float16, float64, got {weight.dtype}")
+    for name, tensor in (("input", input), ("offsets", offsets), ("lengths", lengths)):
+        if tensor is not None and tensor.dtype not in ID_DTYPES:
+            raise DtypeError(f"{name}: expected int64 or int32, got {tensor.dtype}; {name}.long() converts")
+    if offsets is None:
+        if input.dim() != 2:
+            hint = "; one list of ids in bags takes offsets, the bags' starts" if input.dim() == 1 else ""
+            raise ShapeError(f"input: expected shape (bags, tokens), got {shape_text(input)}{hint}")
+        if include_last_offset:
+            raise ValueError("include_last_offset: expected offsets, the last of which is the end, got None")
+    else:
+        if input.dim() != 1:
+            raise ShapeError(
+                f"input: expected shape (tokens,), since there are offsets, got {shape_text(input)}; the rows of a "
+                "2-D input are bags by themselves"
+            )
+        if offsets.dim() != 1 or offsets.shape[0] < include_last_offset:
+            expected = "(bags + 1,)" if include_last_offset else "(bags,)"
+            raise ShapeError(f"offsets: expected shape {expected}, got {shape_text(offsets)}")
+    _check_tokens(input, offsets, weight.dtype, per_sample_weights, mask, lengths)
+    check_bag_options(weight.shape[0], per_sample_weights, mode, padding_idx, scale_grad_by_freq)
+    check_dropout_p(dropout_p)
+
+
+def _check_tokens(
+    input: Tensor,
+    offsets: Tensor | None,
+    dtype: torch.dtype,
+    per_sample_weights: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    for name, tensor in (("per_sample_weights", per_sample_weights), ("mask", mask)):
+        if tensor is not None and tensor.shape != input.shape:
+            raise ShapeError(f"{name}: expected input's shape {shape_text(input)}, got {shape_text(tensor)}")
+    if per_sample_weights is not None and per_sample_weights.dtype != dtype:
+        raise DtypeError(
+            f"per_sample_weights: expected weight's dtype {dtype}, got {per_sample_weights.dtype}; "
+            "per_sample_weights.to(weight.dtype) converts"
+        )
+    if mask is not None and mask.dtype != torch.bool:
+        raise DtypeError(f"mask: expected bool, True = the token counts, got {mask.dtype}; (mask != 0) converts")
+    if lengths is None:
+        return
+    if offsets is not None:
+        raise ValueError("lengths: do not go with offsets, which bound the bags already")
+    if lengths.shape != input.shape[:1]:
+        raise ShapeError(f"lengths: expected shape ({input.shape[0]},), one per bag, got {shape_text(lengths)}")
+
+
+def check_bag_options(
+    vocabulary: int, per_sample_weights: Tensor | None, mode: str, padding_idx: int | None, scale_grad_by_freq: bool
+) -> None:
+    if mode not in BAG_MODES:
+        raise ValueError(f"mode: expected one of {', '.join(map(repr, BAG_MODES))}, got {mode!r}")
+    if mode == "max" and per_sample_weights is not None:
+        raise ValueError("per_sample_weights: a maximum has no weights; mode 'sum' or 'mean' has")
+    if mode == "max" and scale_grad_by_freq:
+        raise ValueError("scale_grad_by_freq: is not defined for mode 'max'; 'sum' and 'mean' have it")
+    if padding_idx is not None and not 0 <= padding_idx < vocabulary:
+        raise ValueError(
+            f"padding_idx: expected a row of weight, in [-{vocabulary}, {vocabulary}), got "
+            f"{padding_idx if padding_idx >= 0 else padding_idx - vocabulary}"
+        )
+
+
+def check_bags(
+    weight: Tensor,
+    input: Tensor,
+    offsets: Tensor | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    padding_idx: int | None,
+    include_last_offset: bool,
+) -> None:
+    """Looks at every id, offset and length; kernels do so on the way, and come here for the words."""
+    tokens = input.shape[-1]
+    counts = torch.ones_like(input, dtype=torch.bool) if mask is None else mask
+    if offsets is not None and offsets.shape[0] == include_last_offset:
+        return  # no bags
+    if offsets is not None:
+        bounds = offsets.long() if include_last_offset else torch.cat([offsets.long(), offsets.new_tensor([tokens])])
+        bad = (bounds < 0) | (bounds > tokens)
+        bad[1:] |= bounds[1:] < bounds[:-1]
+        bad[0] |= bounds[0] != 0
+        if bad.any():
+            bag = int(bad.nonzero()[0])
+            raise ValueError(
+                f"offsets: expected to start with 0, never to fall, and not to pass input's {tokens} ids, got "
+                f"{int(bounds[bag])} at position {bag}"
+            )
+        counts = counts & (torch.arange(tokens, device=input.device) < bounds[-1])
+    if lengths is not None:
+        bad = (lengths < 0) | (lengths > tokens)
+        if bad.any():
+            bag = int(bad.nonzero()[0])
+            raise ValueError(f"lengths: expected numbers in [0, {tokens}], got {int(lengths[bag])} at position {bag}")
+        counts = counts & (torch.arange(tokens, device=input.device) < lengths.unsqueeze(-1))
+    if padding_idx is not None:
+        counts = counts & (input != padding_idx)
+    bad = counts & ((input < 0) | (input >= weight.shape[0]))
+    if bad.any():
+        position: list[int] = bad.nonzero()[0].tolist()
+        where = position[0] if len(position) == 1 else tuple(position)
+        raise IndexError(
+            f"input: expected ids in [0, {weight.shape[0]}), the rows of weight, got {int(input[tuple(position)])} at "
+            f"position {where}"
+        )

@@ -16,6 +16,7 @@ from . import _C, _dispatch, reference
 from ._attention_backends import ATTENTION, AttentionKernels
 from ._checks import NAMES, Names, ShapeError, check_dropout_p, check_seed
 from ._problem import AttentionConfig, Operands, check
+from ._seed import seed_for, seed_tensor
 from ._transforms import Transformable, transformable_backward
 from ._types import typed
 from .masks import UPPER_LEFT, LoweredMask, Mask, lower
@@ -204,7 +205,7 @@ def dropout_mask(
             raise ValueError(f"{name}: expected a size, 0 or more, got {size}")
     device = dropout_seed.device if isinstance(dropout_seed, Tensor) else torch.device("cpu")
     check_seed(dropout_seed, device)
-    seed = _seed_tensor(dropout_seed, device)
+    seed = seed_tensor(dropout_seed, device)
     return reference.dropout_mask(seed, dropout_p, batch, q_heads, q_len, kv_len)
 
 
@@ -251,12 +252,12 @@ def _attend(
             return _call_op(operands, config, dropout_seed)
     kernels = ATTENTION.choose(operands, config)
     if _dispatch.under_transforms():
-        seed = _seed(dropout_p, dropout_seed, query)
+        seed = seed_for(dropout_p, dropout_seed, query.device)
         return Transformable.apply(query, key, value, bias, allowed, seed, config)  # type: ignore[no-any-return, no-untyped-call]
     if not ready or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return _call_op(operands, config, dropout_seed)
     if dropout_p > 0.0:
-        operands = operands._replace(seed=_seed(dropout_p, dropout_seed, query))
+        operands = operands._replace(seed=seed_for(dropout_p, dropout_seed, query.device))
     if ready == _WITH_GRAD and torch.is_grad_enabled():
         return _apply_attention(query, key, value, bias, operands, config, kernels)
     return kernels.forward(operands, config, with_lse)
@@ -270,7 +271,7 @@ _WITH_GRAD = 2  # _C.attention_ready: an operand requires grad
 
 def _call_op(operands: Operands, config: AttentionConfig, dropout_seed: int | Tensor | None) -> tuple[Tensor, Tensor]:
     """The dispatcher's way, for everything that has no data of its own: graphs, fake tensors, subclasses, modes."""
-    operands = operands._replace(seed=_seed(config.dropout_p, dropout_seed, operands.q))
+    operands = operands._replace(seed=seed_for(config.dropout_p, dropout_seed, operands.q.device))
     return torch.ops.pyattn.attention_forward(*operands, *config)  # type: ignore[no-any-return]
 
 
@@ -344,18 +345,6 @@ def _autocast(tensor: Tensor, query: Tensor) -> Tensor:
     if tensor.dtype == torch.float64 or query.is_meta or not torch.is_autocast_enabled(query.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(query.device.type))
-
-
-def _seed(dropout_p: float, seed: int | Tensor | None, query: Tensor) -> Tensor | None:
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=query.device)
-    return _seed_tensor(seed, query.device)
-
-
-def _seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    return seed if isinstance(seed, Tensor) else torch.tensor(seed, dtype=torch.int64, device=device)
 
 
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> list[Tensor]:

@@ -307,3 +307,188 @@ def cross_entropy_backward(
     gradient = g.unsqueeze(-1) * (s.q.sum(dim=-1, keepdim=True) * p - s.q)
     gradient = torch.where(s.valid.unsqueeze(-1), gradient, 0.0)
     return gradient.movedim(-1, s.class_axis).to(input.dtype)
+
+
+# ---- embedding bag ---------------------------------------------------------------------------------------------------
+
+
+class _Bags:
+    """The tokens of all bags in one row, those that count, and what each weighs in its bag."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        input: Tensor,
+        offsets: Tensor | None,
+        per_sample_weights: Tensor | None,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        seed: Tensor | None,
+        mode: str,
+        padding_idx: int | None,
+        include_last_offset: bool,
+        dropout_p: float,
+    ) -> None:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        device, tokens = weight.device, input.shape[-1]
+        self.ids = input.reshape(-1).long()
+        if offsets is None:
+            self.bags, place = input.shape[0], torch.arange(tokens, device=device)
+            self.bag = torch.arange(self.bags, device=device).repeat_interleave(tokens)
+            counts = torch.ones_like(input, dtype=torch.bool)
+            counts = counts if lengths is None else counts & (place < lengths.unsqueeze(-1))
+            counts, place = counts.reshape(-1), place.repeat(self.bags)
+        else:
+            self.bags, place = offsets.shape[0] - include_last_offset, torch.arange(tokens, device=device)
+            starts = offsets.long()[: self.bags]
+            self.bag = torch.searchsorted(starts, place, right=True) - 1
+            counts = place < offsets[-1] if include_last_offset else torch.full_like(place, self.bags > 0).bool()
+            self.bag = torch.where(counts, self.bag, 0)
+            place = place - starts[self.bag] if self.bags else place
+        if mask is not None:
+            counts = counts & mask.reshape(-1)
+        if padding_idx is not None:
+            counts = counts & (self.ids != padding_idx)
+        if dropout_p > 0.0:
+            assert seed is not None
+            kept = dropout_mask(seed, dropout_p, self.bags, 1, 1, tokens).view(self.bags, tokens)
+            counts = counts & kept[self.bag, place] if self.bags else counts
+        self.counts = counts
+        self.ids = torch.where(counts, self.ids, 0)
+        self.bag = torch.where(counts, self.bag, 0)
+
+        w = torch.ones_like(self.ids, dtype=dtype)
+        w = w if per_sample_weights is None else per_sample_weights.reshape(-1).to(dtype)
+        self.w = torch.where(counts, w, 0.0)
+        self.divisor = torch.full((self.bags,), 1.0 - dropout_p, dtype=dtype, device=device)
+        if mode == "max":
+            self.divisor = torch.ones_like(self.divisor)
+        if mode == "mean":
+            self.divisor = self.sum(self.w)
+        self.empty = self.sum(counts.to(dtype)) == 0
+        self.empty = self.empty | (self.divisor == 0)
+        self.divisor = torch.where(self.empty, 1.0, self.divisor)
+
+    def sum(self, tokens: Tensor) -> Tensor:
+        """What each bag's tokens add up to."""
+        if self.bags == 0:
+            return tokens.new_zeros((0, *tokens.shape[1:]))
+        return tokens.new_zeros((self.bags, *tokens.shape[1:])).index_add(0, self.bag, tokens)
+
+    def rows(self, table: Tensor) -> Tensor:
+        """The row of each token that counts; zeros for the others, whose rows may hold anything."""
+        if table.shape[0] == 0:
+            return table.new_zeros((self.ids.shape[0], table.shape[1]))
+        return torch.where(self.counts.unsqueeze(-1), table[self.ids], 0.0)
+
+    def of_bags(self, x: Tensor) -> Tensor:
+        """`x`, which is per bag, for each token that counts."""
+        if self.bags == 0:
+            return x.new_zeros((self.ids.shape[0], *x.shape[1:]))
+        return torch.where(self.counts.view(-1, *[1] * (x.dim() - 1)), x[self.bag], 0.0)
+
+    def largest(self, rows: Tensor) -> Tensor:
+        """The id of the first token with the largest number, per bag and feature; -1 in empty bags. NaN is largest."""
+        tokens, features = rows.shape
+        rows = torch.where(self.counts.unsqueeze(-1), rows.detach(), -torch.inf)
+        bag = self.bag.unsqueeze(-1).expand(-1, features)
+        maximum = rows.new_full((self.bags, features), -torch.inf)
+        first = torch.full((self.bags, features), tokens, device=rows.device)
+        if self.bags and tokens:
+            maximum = maximum.scatter_reduce(0, bag, rows, "amax")
+            is_it = self.counts.unsqueeze(-1) & ((rows == maximum[self.bag]) | rows.isnan())
+            place = torch.arange(tokens, device=rows.device).unsqueeze(-1)
+            first = first.scatter_reduce(0, bag, torch.where(is_it, place, tokens), "amin")
+        return torch.where(first < tokens, torch.cat([self.ids, self.ids.new_full((1,), -1)])[first], -1)
+
+
+@_exact
+def embedding_bag_forward(
+    weight: Tensor,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    mode: str = "mean",
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    scale_grad_by_freq: bool = False,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The sum, the weighted mean or the maximum of each bag's rows of `weight`, and, for the maximum, whose it is.
+
+    A token counts if it is within its bag's `lengths`, its `mask` is True, its id is not `padding_idx`, and dropout
+    keeps it: token t of bag b as `dropout_mask` keeps the weight of key t in sample b. With w the per-sample weights,
+    or 1, of the tokens that count:
+        sum: out_b = sum_t w_t weight[id_t] / (1 - dropout_p),
+        mean: out_b = sum_t w_t weight[id_t] / sum_t w_t,
+        max: out_b = max_t weight[id_t], of equal ones the first.
+    A bag without such tokens, or whose mean would divide by 0, is zeros. Shapes: weight ``[vocabulary, features]``;
+    input ``[bags, tokens]``, or ``[tokens]`` with offsets ``[bags]``, the bags' starts. out has weight's dtype; the ids
+    of the maxima, -1 in empty bags, are int32 (for other modes: empty).
+    """
+    options = (mode, padding_idx, include_last_offset, dropout_p)
+    b = _Bags(weight, input, offsets, per_sample_weights, mask, lengths, seed, *options)
+    table = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    if mode == "max":
+        largest = b.largest(b.rows(table))
+        columns = torch.arange(table.shape[1], device=table.device)
+        out = torch.where(largest < 0, 0.0, table[largest.clamp(min=0), columns]) if len(table) else largest * 0.0
+        return out.to(weight.dtype), largest.int()
+    out = b.sum(b.rows(table) * b.w.unsqueeze(-1)) / b.divisor.unsqueeze(-1)
+    out = torch.where(b.empty.unsqueeze(-1), 0.0, out)
+    return out.to(weight.dtype), weight.new_empty(0, dtype=torch.int32)
+
+
+@_exact
+def embedding_bag_backward(
+    dout: Tensor,
+    largest: Tensor,
+    weight: Tensor,
+    input: Tensor,
+    offsets: Tensor | None = None,
+    per_sample_weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    seed: Tensor | None = None,
+    *,
+    mode: str = "mean",
+    padding_idx: int | None = None,
+    include_last_offset: bool = False,
+    scale_grad_by_freq: bool = False,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients for weight and per_sample_weights, from that of out and the ids of the maxima.
+
+    With g_b = dout_b over the divisor of bag b: dweight_r is the sum of w_t g_b over the tokens t with id r, divided by
+    their number under scale_grad_by_freq, and dw_t = g_b . weight[id_t], in the mean - g_b . out_b.
+    """
+    options = (mode, padding_idx, include_last_offset, dropout_p)
+    b = _Bags(weight, input, offsets, per_sample_weights, mask, lengths, seed, *options)
+    table = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    g = dout.to(table.dtype)
+    dweight = torch.zeros_like(table)
+    if len(table) == 0:
+        return weight.new_zeros(weight.shape), _zeros_like_optional(per_sample_weights)
+    if mode == "max":
+        g = torch.where(largest < 0, 0.0, g)
+        return dweight.scatter_add(0, largest.long().clamp(min=0), g).to(weight.dtype), None
+    g = torch.where(b.empty.unsqueeze(-1), 0.0, g / b.divisor.unsqueeze(-1))
+    dweight = dweight.index_add(0, b.ids, b.of_bags(g) * b.w.unsqueeze(-1))
+    if scale_grad_by_freq:
+        frequency = table.new_zeros(len(table))
+        frequency = frequency.index_add(0, b.ids, b.counts.to(table.dtype))
+        dweight = dweight / frequency.clamp(min=1.0).unsqueeze(-1)
+    if per_sample_weights is None:
+        return dweight.to(weight.dtype), None
+    dw = (b.of_bags(g) * b.rows(table)).sum(dim=-1)
+    if mode == "mean":
+        dw = dw - b.of_bags(b.sum(b.w * dw) / b.divisor)
+    return dweight.to(weight.dtype), dw.reshape(input.shape).to(per_sample_weights.dtype)
+
+
+def _zeros_like_optional(x: Tensor | None) -> Tensor | None:
+    return None if x is None else torch.zeros_like(x)

@@ -1,5 +1,6 @@
 """Thin modules over pyattn's functions, with torch.nn's names, constructors and state_dict keys."""
 
+from .embedding import EmbeddingBag
 from .loss import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["CrossEntropyLoss", "EmbeddingBag"]
