@@ -1,7 +1,5 @@
 // The embedding bag's tensors as pointers, sizes and strides.
 
-// The op's arguments in the order of its schema: the tuples EmbeddingBagOperands and EmbeddingBagConfig of
-// pyattn/_embedding_bag.py.
 struct EmbeddingBagViews {
   TensorView weight, input, offsets, w, mask, lengths, seed;
 };
@@ -44,21 +42,22 @@ void bind_integers(py::handle object, const char* name, TensorView& view, BagInt
 }
 
 void bind_bags(const py::tuple& operands, const py::tuple& config, EmbeddingBagViews& views, EmbeddingBagProblem& p) {
-  read(item(operands, 0), "weight", views.weight);
+  read(item(operands, kTable), "weight", views.weight);
   if (views.weight.ndim != 2) throw py::value_error("weight is not two-dimensional");
   p.V = views.weight.shape[0], p.E = views.weight.shape[1];
   p.weight = {views.weight.data, floating_dtype(views.weight, "weight"), views.weight.strides[0],
               p.E <= 1 ? 1 : views.weight.strides[1]};
-  read(item(operands, 1), "input", views.input);
-  const py::handle offsets = item(operands, 2), w = item(operands, 3), mask = item(operands, 4);
-  const py::handle lengths = item(operands, 5), seed = item(operands, 6);
-  const std::string mode = config[0].cast<std::string>();
+  read(item(operands, kIds), "input", views.input);
+  const py::handle offsets = item(operands, kOffsets), w = item(operands, kTokenWeights),
+                   mask = item(operands, kTokenMask);
+  const py::handle lengths = item(operands, kBagLengths), seed = item(operands, kBagSeed);
+  const std::string mode = config[kMode].cast<std::string>();
   p.mode = mode == "sum" ? BagMode::kSum : mode == "max" ? BagMode::kMax : BagMode::kMean;
-  p.has_padding = !config[1].is_none();
-  p.padding_idx = p.has_padding ? config[1].cast<int64_t>() : 0;
-  p.last_offset = config[2].cast<bool>();
-  p.scale_by_frequency = config[3].cast<bool>();
-  p.dropout_p = config[4].cast<double>();
+  p.has_padding = !config[kPaddingIdx].is_none();
+  p.padding_idx = p.has_padding ? config[kPaddingIdx].cast<int64_t>() : 0;
+  p.last_offset = config[kIncludeLastOffset].cast<bool>();
+  p.scale_by_frequency = config[kScaleByFrequency].cast<bool>();
+  p.dropout_p = config[kBagDropoutP].cast<double>();
 
   const int rank = offsets.is_none() ? 2 : 1;
   if (views.input.ndim != rank) throw py::value_error("input does not have the dimensions that offsets ask for");

@@ -120,13 +120,8 @@ PYATTN_INLINE void max_terms(const Term<T>* terms, int64_t n, const C& columns, 
 
 // ---- The tokens that count
 
-template <class I>
-PYATTN_INLINE int64_t integer(const void* data, int64_t i) {
-  return static_cast<const I*>(data)[i];
-}
-
 inline int64_t integer(const BagIntegers& x, int64_t i) {
-  return x.wide ? integer<int64_t>(x.data, i * x.stride) : integer<int32_t>(x.data, i * x.stride);
+  return x.wide ? static_cast<const int64_t*>(x.data)[i * x.stride] : static_cast<const int32_t*>(x.data)[i * x.stride];
 }
 
 // The terms of one bag.
@@ -172,10 +167,13 @@ struct EmbeddingBag {
   }
 
   // Lists the terms of bag b, as of A or of its transpose, and, unless `places` is null, which tokens they are.
-  template <class I>
-  Bag<T> list(int64_t b, bool transposed, Term<T>* terms, int64_t* places) const {
+  // `simple`: nothing but the padding's id keeps a token from counting, and all weigh 1.
+  template <class I, bool transposed, bool simple>
+  Bag<T> list(int64_t b, Term<T>* terms, int64_t* places) const {
     const int64_t first = begin(b), tokens = end(b) - first;
-    const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data);
+    const I* ids = static_cast<const I*>(p.ids.data) + b * p.ids.bag + first * p.ids.token;
+    const uint8_t* mask = static_cast<const uint8_t*>(p.mask.data) + b * p.mask.bag + first * p.mask.token;
+    const bool any_id = !p.has_padding;
     const uint64_t keep_from = static_cast<uint64_t>(p.dropout_p * 0x1p32);
     const uint32_t bag = static_cast<uint32_t>(b);
     uint32_t words[kUnit];
@@ -183,30 +181,38 @@ struct EmbeddingBag {
     bool fits = true;
     double total = 0;
     for (int64_t t = 0; t < tokens; ++t) {
-      const int64_t id = integer<I>(p.ids.data, b * p.ids.bag + (first + t) * p.ids.token);
-      bool counts = !(p.has_padding && id == p.padding_idx);
-      if (mask != nullptr) counts &= mask[b * p.mask.bag + (first + t) * p.mask.token] != 0;
-      const bool is_row = static_cast<uint64_t>(id) < static_cast<uint64_t>(p.V);
-      fits &= is_row | !counts;
-      if (p.dropout_p > 0) {
-        if (t % kUnit == 0) philox_words({p.seed, 0, 0, bag}, t, words);
-        counts &= words[t % kUnit] >= keep_from;
-      }
-      const T w = p.w.data == nullptr || !counts ? T(1) : weight(b, first + t);
+      const int64_t id = ids[t * p.ids.token];
+      bool counts = any_id | (id != p.padding_idx);
+      if (!simple && p.mask.data != nullptr) counts &= mask[t * p.mask.token] != 0;
+      fits &= !counts | (static_cast<uint64_t>(id) < static_cast<uint64_t>(p.V));
       const uint32_t row = static_cast<uint32_t>(id);
+      T w = 1;
+      if constexpr (!simple) {
+        if (p.dropout_p > 0) {
+          if (t % kUnit == 0) philox_words({p.seed, 0, 0, bag}, t, words);
+          counts &= words[t % kUnit] >= keep_from;
+        }
+        if (p.w.data != nullptr && counts) w = weight(b, first + t);
+        if (places != nullptr) places[n] = first + t;
+        total += counts ? static_cast<double>(w) : 0.0;
+      }
       terms[n] = transposed ? Term<T>{bag, row, w} : Term<T>{row, bag, w};
-      if (places != nullptr) places[n] = first + t;
-      total += counts ? static_cast<double>(w) : 0.0;
       n += counts;
     }
     T divisor = 1;
-    if (p.mode == BagMode::kMean) divisor = static_cast<T>(total);
+    if (p.mode == BagMode::kMean) divisor = simple ? static_cast<T>(n) : static_cast<T>(total);
     if (p.mode == BagMode::kSum && p.dropout_p < 1) divisor = static_cast<T>(1 - p.dropout_p);
     if (divisor == 0) n = 0, divisor = 1;
     return {n, divisor, fits};
   }
-  Bag<T> list(int64_t b, bool transposed, Term<T>* terms, int64_t* places = nullptr) const {
-    return p.wide_ids ? list<int64_t>(b, transposed, terms, places) : list<int32_t>(b, transposed, terms, places);
+  template <bool transposed>
+  Bag<T> list(int64_t b, Term<T>* terms, int64_t* places = nullptr) const {
+    if (p.mask.data != nullptr || p.w.data != nullptr || p.dropout_p > 0 || places != nullptr) {
+      return p.wide_ids ? list<int64_t, transposed, false>(b, terms, places)
+                        : list<int32_t, transposed, false>(b, terms, places);
+    }
+    return p.wide_ids ? list<int64_t, transposed, true>(b, terms, nullptr)
+                      : list<int32_t, transposed, true>(b, terms, nullptr);
   }
 };
 
@@ -283,7 +289,7 @@ int64_t bag_forward(const EmbeddingBagForward& p) {
   const EmbeddingBag<T> bags(p);
   const Matrix out = matrix(p.out);
   return for_bags(bags, [&](int64_t b, const BagBuffers<T>& buffers) {
-    const Bag<T> bag = bags.list(b, false, buffers.terms);
+    const Bag<T> bag = bags.template list<false>(b, buffers.terms);
     if (!bag.fits) return false;
     T* row = buffers.row;
     if (p.mode == BagMode::kMax && bag.count > 0) {
@@ -329,7 +335,7 @@ int64_t bag_transpose(const EmbeddingBagProblem& p, EmbeddingBagTerms& to) {
   Term<T>* terms = static_cast<Term<T>*>(to.memory);
   int64_t n = 0;
   for (int64_t b = 0; b < p.bags; ++b) {
-    const Bag<T> bag = bags.list(b, true, terms + n);
+    const Bag<T> bag = bags.template list<true>(b, terms + n);
     if (!bag.fits) return b;
     if (bag.divisor != 1) {
       for (int64_t t = n; t < n + bag.count; ++t) terms[t].weight /= bag.divisor;
@@ -477,7 +483,7 @@ int64_t bag_weights_backward(const EmbeddingBagBackward& p) {
   const EmbeddingBag<T> bags(p);
   const Matrix table = matrix(p.weight), dout = matrix(p.dout);
   return for_bags(bags, [&](int64_t b, const BagBuffers<T>& buffers) {
-    const Bag<T> bag = bags.list(b, false, buffers.terms, buffers.places);
+    const Bag<T> bag = bags.template list<false>(b, buffers.terms, buffers.places);
     if (!bag.fits) return false;
     pack_rows(dout, b, 1, p.E, buffers.row, 0);
     double mean = 0;

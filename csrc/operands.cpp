@@ -140,6 +140,78 @@ PyObject* attention_ready(PyObject*, PyObject* const* arguments, Py_ssize_t coun
   return PyLong_FromLong(fit ? answer : kNotPlain);
 }
 
+// ---- The operands of the embedding bag ----
+
+bool is_int(const dlpack::DLTensor& tensor) {
+  return tensor.dtype.code == dlpack::kDLInt && (tensor.dtype.bits == 64 || tensor.dtype.bits == 32);
+}
+
+bool same_shape(const dlpack::DLTensor& a, const dlpack::DLTensor& b) {
+  bool same = a.ndim == b.ndim;
+  for (int i = 0; same && i < a.ndim; ++i) same = a.shape[i] == b.shape[i];
+  return same;
+}
+
+// What pyattn/_checks.py:check_embedding_bag demands of the tensors, which writes the message if the answer is no.
+bool bags_fit(const dlpack::DLTensor* const* tensors, bool last_offset) {
+  const dlpack::DLTensor &weight = *tensors[kTable], &input = *tensors[kIds];
+  const dlpack::DLTensor *offsets = tensors[kOffsets], *w = tensors[kTokenWeights], *mask = tensors[kTokenMask];
+  const dlpack::DLTensor* lengths = tensors[kBagLengths];
+  if (weight.ndim != 2 || !is_attention_dtype(weight.dtype) || weight.shape[0] > INT32_MAX || !is_int(input)) {
+    return false;
+  }
+  if (input.ndim != (offsets == nullptr ? 2 : 1) || input.shape[0] > INT32_MAX) return false;
+  if (offsets == nullptr ? last_offset : !is_int(*offsets) || offsets->ndim != 1 || offsets->shape[0] < last_offset) {
+    return false;
+  }
+  if (w != nullptr && !(same_dtype(*w, weight) && same_shape(*w, input))) return false;
+  if (mask != nullptr && !(mask->dtype.code == dlpack::kDLBool && same_shape(*mask, input))) return false;
+  return lengths == nullptr ||
+         (offsets == nullptr && is_int(*lengths) && lengths->ndim == 1 && lengths->shape[0] == input.shape[0]);
+}
+
+// The same of the scalars. (`mode` is one of the three, but for the maximum not everything is defined.)
+bool bag_scalars_fit(PyObject* config, int64_t rows, bool weighted) {
+  const auto scalar = [&](BagScalar i) { return PyTuple_GET_ITEM(config, i); };
+  const bool is_max = PyUnicode_Check(scalar(kMode)) && PyUnicode_CompareWithASCIIString(scalar(kMode), "max") == 0;
+  if (is_max && (weighted || scalar(kScaleByFrequency) == Py_True)) return false;
+  const double dropout_p = PyFloat_AsDouble(scalar(kBagDropoutP));
+  const int64_t padding_idx = scalar(kPaddingIdx) == Py_None ? -1 : PyLong_AsLongLong(scalar(kPaddingIdx));
+  if (PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  if (scalar(kPaddingIdx) != Py_None && (padding_idx < 0 || padding_idx >= rows)) return false;
+  return dropout_p >= 0 && dropout_p <= 1;
+}
+
+PyObject* embedding_bag_ready(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2 || !PyTuple_Check(arguments[0]) || PyTuple_GET_SIZE(arguments[0]) != kBagOperandCount ||
+      !PyTuple_Check(arguments[1]) || PyTuple_GET_SIZE(arguments[1]) != kBagScalarCount) {
+    PyErr_SetString(PyExc_TypeError, "expected the tuples EmbeddingBagOperands and EmbeddingBagConfig");
+    return nullptr;
+  }
+  PyObject *operands = arguments[0], *config = arguments[1];
+  Plain answer = kPlain;
+  dlpack::DLTensor tensors[kBagOperandCount];
+  const dlpack::DLTensor* present[kBagOperandCount] = {};
+  for (int i = 0; i < kBagSeed; ++i) {
+    PyObject* operand = PyTuple_GET_ITEM(operands, i);
+    if (operand == Py_None && i > kIds) continue;
+    const Plain one = read_plain(operand, tensors[i]);
+    if (one == kPlainError) return nullptr;
+    const dlpack::DLDevice &device = tensors[i].device, &of_table = tensors[kTable].device;
+    if (one == kNotPlain || device.device_type != of_table.device_type || device.device_id != of_table.device_id) {
+      return PyLong_FromLong(kNotPlain);
+    }
+    if (one == kPlainWithGrad) answer = one;
+    present[i] = &tensors[i];
+  }
+  const bool fit = bags_fit(present, PyTuple_GET_ITEM(config, kIncludeLastOffset) == Py_True) &&
+                   bag_scalars_fit(config, tensors[kTable].shape[0], present[kTokenWeights] != nullptr);
+  return PyLong_FromLong(fit ? answer : kNotPlain);
+}
+
 // ---- Allocation ----
 
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
@@ -170,6 +242,10 @@ PyMethodDef methods[] = {
      "if one requires grad, else 1."},
     {"attention_ready", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_ready)), METH_FASTCALL,
      "attention_ready(operands, config) -> int: as plain(*operands), and 0 as well if _problem.check would raise."},
+    {"embedding_bag_ready", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(embedding_bag_ready)),
+     METH_FASTCALL,
+     "embedding_bag_ready(operands, config) -> int: as plain(*operands), and 0 as well if _embedding_bag.check would "
+     "raise."},
     {"empty_rows", empty_rows, METH_O, "empty_rows(q) -> Tensor: uninitialised, one element per query."},
     {nullptr, nullptr, 0, nullptr},
 };

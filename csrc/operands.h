@@ -11,6 +11,10 @@ namespace pyattn {
 enum Operand { kQ, kK, kV, kBias, kSinks, kMask, kLengths, kStarts, kQSegments, kKvSegments, kSeed, kOperandCount };
 enum Number { kScale, kSoftcap, kDropoutP, kAlign, kLeft, kRight, kPrefix, kNumberCount };
 
+// The same in EmbeddingBagOperands and EmbeddingBagConfig of pyattn/_embedding_bag.py.
+enum BagOperand { kTable, kIds, kOffsets, kTokenWeights, kTokenMask, kBagLengths, kBagSeed, kBagOperandCount };
+enum BagScalar { kMode, kPaddingIdx, kIncludeLastOffset, kScaleByFrequency, kBagDropoutP, kBagScalarCount };
+
 // Whether `object` is exactly a torch.Tensor or torch.nn.Parameter: a subclass may redefine everything.
 bool is_exact_tensor(PyObject* object);
 
@@ -23,6 +27,8 @@ bool is_exact_tensor(PyObject* object);
 //   attention_ready(operands, config) -> int
 //     As plain(*operands), and 0 as well unless the operands fit each other, the numbers are in range, and nothing is
 //     asked for that the kernels do not compute. The arguments are the two tuples of pyattn/_problem.py.
+//   embedding_bag_ready(operands, config) -> int
+//     The same for the two tuples of pyattn/_embedding_bag.py; ids, offsets and lengths are not looked at.
 //   empty_rows(q) -> Tensor
 //     Uninitialised, q's shape without its last dimension, float32 (float64 for float64): where lse goes. As a DLPack
 //     tensor it cannot be resized.

@@ -301,6 +301,7 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
 
 BAG_MODES = ("sum", "mean", "max")
 ID_DTYPES = (torch.int64, torch.int32)
+MAX_BAGS = 2**31 - 1  # and rows: kernels keep their numbers in 32 bits
 
 
 def check_embedding_bag(
@@ -351,6 +352,10 @@ def check_embedding_bag(
         if offsets.dim() != 1 or offsets.shape[0] < include_last_offset:
             expected = "(bags + 1,)" if include_last_offset else "(bags,)"
             raise ShapeError(f"offsets: expected shape {expected}, got {shape_text(offsets)}")
+    bags = input.shape[0] if offsets is None else offsets.shape[0]
+    for name, size in (("weight", weight.shape[0]), ("input" if offsets is None else "offsets", bags)):
+        if size > MAX_BAGS:
+            raise ShapeError(f"{name}: expected a first dimension of at most {MAX_BAGS}, got {size}")
     _check_tokens(input, offsets, weight.dtype, per_sample_weights, mask, lengths)
     check_bag_options(weight.shape[0], per_sample_weights, mode, padding_idx, scale_grad_by_freq)
     check_dropout_p(dropout_p)

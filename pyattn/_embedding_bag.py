@@ -99,10 +99,6 @@ class EmbeddingBagKernels(Protocol):
         ...
 
 
-# Terms of the CPU's sums and the ids of maxima hold rows and bags in 32 bits.
-MAX_ROWS = 2**31 - 1
-
-
 class CpuEmbeddingBag:
     """The C++ kernels of csrc/."""
 
@@ -110,7 +106,7 @@ class CpuEmbeddingBag:
     memory = "O(tokens)"
 
     def refusals(self, operands: EmbeddingBagOperands, config: EmbeddingBagConfig) -> Sequence[str]:
-        return (*cpu_refusals("weight", operands.weight), *_only_the_definition(operands, config))
+        return (*cpu_refusals("weight", operands.weight), *_transform_refusals())
 
     def forward(
         self, operands: EmbeddingBagOperands, config: EmbeddingBagConfig, with_largest: bool
@@ -181,17 +177,15 @@ class ReferenceEmbeddingBag:
         return dw.contiguous()
 
 
-def _only_the_definition(operands: EmbeddingBagOperands, config: EmbeddingBagConfig) -> list[str]:
-    """What the definition does and no kernel."""
-    reasons = []
-    if max(operands.weight.shape[0], bags_of(operands, config)) > MAX_ROWS:
-        reasons.append(f"more than {MAX_ROWS} rows or bags")
-    if under_transforms():
-        reasons.append(
-            "kernels are not differentiable by torch.func or forward-mode AD; use_backend('reference') computes by the "
-            "definition, which is"
-        )
-    return reasons
+# torch.func's transforms and forward-mode AD need an op's rules; the definition is made of ops that have them.
+_NOT_DIFFERENTIABLE = (
+    "kernels are not differentiable by torch.func or forward-mode AD; use_backend('reference') computes by the "
+    "definition, which is",
+)
+
+
+def _transform_refusals() -> Sequence[str]:
+    return _NOT_DIFFERENTIABLE if under_transforms() else ()
 
 
 def _terms(operands: EmbeddingBagOperands, config: EmbeddingBagConfig) -> _C.BagTerms:

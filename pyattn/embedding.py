@@ -108,23 +108,25 @@ def embedding_bag(
     if torch.compiler.is_compiling():
         return _call_op(operands, config, sparse, dropout_seed)
 
-    check(operands, config)
-    if weight.is_meta:
-        return _call_op(operands, config, sparse, dropout_seed)
+    # As for attention, the checks are made in C++, and made again where the answer is no, to find the words.
+    ready = _C.embedding_bag_ready(operands, config)
+    if not ready:
+        check(operands, config)
+        if weight.is_meta:
+            return _call_op(operands, config, sparse, dropout_seed)
     kernels = EMBEDDING_BAG.choose(operands, config)
-    plain = _C.plain(*operands)
     if _dispatch.under_transforms():  # only the definition lets itself be chosen here, and it is differentiable
         return kernels.forward(_with_seed(operands, config, dropout_seed), config, with_largest=False)[0]
-    if not plain or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if not ready or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
         return _call_op(operands, config, sparse, dropout_seed)
     if dropout_p > 0.0:
         operands = _with_seed(operands, config, dropout_seed)
-    if plain == _WITH_GRAD and torch.is_grad_enabled():
+    if ready == _WITH_GRAD and torch.is_grad_enabled():
         return _apply_embedding_bag(weight, per_sample_weights, operands, config, kernels, sparse)
     return kernels.forward(operands, config, with_largest=False)[0]
 
 
-_WITH_GRAD = 2  # _C.plain: an operand requires grad
+_WITH_GRAD = 2  # _C.embedding_bag_ready: an operand requires grad
 
 
 def _with_seed(
