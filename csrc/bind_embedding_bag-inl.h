@@ -104,8 +104,12 @@ void bind_threads(int threads, EmbeddingBagProblem& p) { p.threads = threads > 1
 int32_t* bind_largest(py::handle object, const EmbeddingBagProblem& p, TensorView& view) {
   if (object.is_none() || p.mode != BagMode::kMax) return nullptr;
   read(object, "largest", view);
-  const bool fits = view.ndim == 2 && view.shape[0] == p.bags && view.shape[1] == p.E && is_dense(view);
-  if (!fits || !view.has_dtype(dlpack::kDLInt, 32)) throw py::value_error("largest is not a dense int32 [bags, E]");
+  const bool fits = view.ndim == 2 && view.shape[0] == p.bags && view.shape[1] == p.E;
+  if (!fits || !view.has_dtype(dlpack::kDLInt, 32) || (view.numel() > 0 && !is_dense(view))) {
+    throw py::value_error("largest is not a dense int32 [bags, E]");
+  }
+  static int32_t empty;
+  if (view.numel() == 0) return &empty;
   return view.data_as<int32_t>();
 }
 
@@ -159,9 +163,10 @@ void embedding_bag_backward(const BagTerms& terms, py::handle dout, py::handle l
   bind_bag_matrix(dout, "dout", p.bags, p, dout_view, p.dout);
   p.largest = bind_largest(largest, p, largest_view);
   if (p.mode == BagMode::kMax && p.largest == nullptr) throw py::value_error("largest is missing");
-  bind_bag_matrix(dweight, "dweight", row_ids.is_none() ? p.V : p.terms.rows, p, dweight_view, p.dweight);
+  p.sparse = !row_ids.is_none();
+  bind_bag_matrix(dweight, "dweight", p.sparse ? p.terms.rows : p.V, p, dweight_view, p.dweight);
   expect_first_write(dweight_view);
-  if (!row_ids.is_none()) {
+  if (p.sparse) {
     BagIntegers ids;
     bind_integers(row_ids, "row_ids", row_ids_view, ids);
     if (!ids.wide || row_ids_view.shape[0] != p.terms.rows || !is_dense(row_ids_view)) {

@@ -467,12 +467,12 @@ struct BagBackward {
 
 template <class T>
 void bag_backward(const EmbeddingBagBackward& p) {
-  if (p.E == 0 && p.row_ids == nullptr) return;
+  if (p.E == 0 && !p.sparse) return;
   const BagBackward<T> backward(p);
-  if (p.row_ids == nullptr) {
-    backward.dense();
-  } else {
+  if (p.sparse) {
     backward.sparse();
+  } else {
+    backward.dense();
   }
 }
 

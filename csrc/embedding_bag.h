@@ -73,8 +73,9 @@ struct EmbeddingBagBackward : EmbeddingBagProblem {
   BagMatrix dout;                    // [bags, E], in weight's dtype
   const int32_t* largest = nullptr;  // the forward's
   EmbeddingBagTerms terms;
-  BagMatrix dweight;           // all rows; if row_ids is given, only those that a token names
-  int64_t* row_ids = nullptr;  // [terms.rows], ascending: set if given
+  bool sparse = false;         // dweight has only the rows that a token names, and row_ids says which
+  BagMatrix dweight;           // in weight's dtype
+  int64_t* row_ids = nullptr;  // [terms.rows], ascending
   BagTokens dw;                // in weight's dtype, for weights_backward, which sets it for the tokens that count
 };
 

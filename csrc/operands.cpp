@@ -217,23 +217,46 @@ PyObject* embedding_bag_ready(PyObject*, PyObject* const* arguments, Py_ssize_t 
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
 
 // Through DLPack's allocator, 1.1 us; torch.empty(q.shape[:-1], dtype=...) takes 4, most of it to parse its arguments.
-PyObject* empty_rows(PyObject*, PyObject* q) {
-  const dlpack::DLExchangeAPI* api = exchange_api(Py_TYPE(q));
-  if (api == nullptr) return PyErr_Format(PyExc_TypeError, "expected a torch.Tensor, got %s", Py_TYPE(q)->tp_name);
-  dlpack::DLTensor like;
-  if (api->dltensor_from_py_object_no_sync(q, &like) != 0) return nullptr;
-  if (like.ndim == 0) return PyErr_Format(PyExc_ValueError, "q has no dimensions");
-  like.ndim -= 1;
-  like.dtype = {dlpack::kDLFloat, static_cast<uint8_t>(like.dtype.bits == 64 ? 64 : 32), 1};
+PyObject* allocate(const dlpack::DLExchangeAPI* api, dlpack::DLTensor& like) {
   like.strides = nullptr;
-  dlpack::DLManagedTensorVersioned* rows = nullptr;
+  dlpack::DLManagedTensorVersioned* tensor = nullptr;
   void* object = nullptr;
-  if (api->managed_tensor_allocator(&like, &rows, nullptr, set_error) != 0) return nullptr;
-  if (api->managed_tensor_to_py_object_no_sync(rows, &object) != 0) {
-    rows->deleter(rows);
+  if (api->managed_tensor_allocator(&like, &tensor, nullptr, set_error) != 0) return nullptr;
+  if (api->managed_tensor_to_py_object_no_sync(tensor, &object) != 0) {
+    tensor->deleter(tensor);
     return nullptr;
   }
   return static_cast<PyObject*>(object);
+}
+
+const dlpack::DLExchangeAPI* read_prototype(PyObject* object, dlpack::DLTensor& tensor) {
+  const dlpack::DLExchangeAPI* api = exchange_api(Py_TYPE(object));
+  if (api == nullptr) {
+    PyErr_Format(PyExc_TypeError, "expected a torch.Tensor, got %s", Py_TYPE(object)->tp_name);
+    return nullptr;
+  }
+  return api->dltensor_from_py_object_no_sync(object, &tensor) == 0 ? api : nullptr;
+}
+
+PyObject* empty_rows(PyObject*, PyObject* q) {
+  dlpack::DLTensor like;
+  const dlpack::DLExchangeAPI* api = read_prototype(q, like);
+  if (api == nullptr) return nullptr;
+  if (like.ndim == 0) return PyErr_Format(PyExc_ValueError, "q has no dimensions");
+  like.ndim -= 1;
+  like.dtype = {dlpack::kDLFloat, static_cast<uint8_t>(like.dtype.bits == 64 ? 64 : 32), 1};
+  return allocate(api, like);
+}
+
+PyObject* empty_matrix(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3) return PyErr_Format(PyExc_TypeError, "expected a tensor and two sizes");
+  dlpack::DLTensor like;
+  const dlpack::DLExchangeAPI* api = read_prototype(arguments[0], like);
+  int64_t shape[2] = {PyLong_AsLongLong(arguments[1]), PyLong_AsLongLong(arguments[2])};
+  if (api == nullptr || PyErr_Occurred()) return nullptr;
+  like.ndim = 2;
+  like.shape = shape;
+  return allocate(api, like);
 }
 
 PyMethodDef methods[] = {
@@ -246,6 +269,8 @@ PyMethodDef methods[] = {
      METH_FASTCALL,
      "embedding_bag_ready(operands, config) -> int: as plain(*operands), and 0 as well if _embedding_bag.check would "
      "raise."},
+    {"empty_matrix", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(empty_matrix)), METH_FASTCALL,
+     "empty_matrix(like, rows, columns) -> Tensor: uninitialised, of like's dtype."},
     {"empty_rows", empty_rows, METH_O, "empty_rows(q) -> Tensor: uninitialised, one element per query."},
     {nullptr, nullptr, 0, nullptr},
 };

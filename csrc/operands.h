@@ -29,9 +29,11 @@ bool is_exact_tensor(PyObject* object);
 //     asked for that the kernels do not compute. The arguments are the two tuples of pyattn/_problem.py.
 //   embedding_bag_ready(operands, config) -> int
 //     The same for the two tuples of pyattn/_embedding_bag.py; ids, offsets and lengths are not looked at.
+//   empty_matrix(like, rows, columns) -> Tensor
+//     Uninitialised, of like's dtype.
 //   empty_rows(q) -> Tensor
-//     Uninitialised, q's shape without its last dimension, float32 (float64 for float64): where lse goes. As a DLPack
-//     tensor it cannot be resized.
+//     Uninitialised, q's shape without its last dimension, float32 (float64 for float64): where lse goes. As DLPack
+//     tensors neither this nor a matrix can be resized.
 bool add_operands(PyObject* module);
 
 }  // namespace pyattn

@@ -111,7 +111,8 @@ class CpuEmbeddingBag:
     def forward(
         self, operands: EmbeddingBagOperands, config: EmbeddingBagConfig, with_largest: bool
     ) -> tuple[Tensor, Tensor | None]:
-        out = empty_out(operands, config)
+        weight = operands.weight
+        out = _C.empty_matrix(weight, bags_of(operands, config), weight.shape[1])
         largest = empty_largest(operands, config) if with_largest and config.mode == "max" else None
         if _C.embedding_bag_forward(operands, config, out, largest, torch.get_num_threads()) >= 0:
             _refuse_bags(operands, config)
@@ -130,8 +131,8 @@ class CpuEmbeddingBag:
     ) -> Tensor:
         terms = _terms(operands, config)
         weight = operands.weight
-        values = weight.new_empty(terms.rows, weight.shape[1])
-        indices = weight.new_empty(1, terms.rows, dtype=torch.int64)
+        values = _C.empty_matrix(weight, terms.rows, weight.shape[1])
+        indices = torch.empty((1, terms.rows), dtype=torch.int64)
         _C.embedding_bag_backward(terms, dout, largest, operands, config, values, indices[0], torch.get_num_threads())
         return torch.sparse_coo_tensor(indices, values, weight.shape, check_invariants=False, is_coalesced=True)
 

@@ -68,8 +68,8 @@ def embedding_bag(
         A row per bag, in weight's dtype.
 
     Numerics:
-        Sums are float32 (float64 for float64), over the tokens in their order, in blocks of 64; rounded once. The same
-        holds for gradients, over the tokens that name a row. On the CPU it is bitwise the same for any number of threads.
+        Sums are float32 (float64 for float64), over the tokens in their order, in blocks of 64; rounded once. So are
+        gradients, over the tokens that name a row. On the CPU it is bitwise the same for any number of threads.
 
     Corner cases:
         * A bag without tokens that count, or a mean whose weights add up to 0, gives zeros and gradients 0.

@@ -341,7 +341,7 @@ class _Bags:
         else:
             self.bags, place = offsets.shape[0] - include_last_offset, torch.arange(tokens, device=device)
             starts = offsets.long()[: self.bags]
-            self.bag = torch.searchsorted(starts, place, right=True) - 1
+            self.bag = torch.searchsorted(starts.contiguous(), place, right=True) - 1
             counts = place < offsets[-1] if include_last_offset else torch.full_like(place, self.bags > 0).bool()
             self.bag = torch.where(counts, self.bag, 0)
             place = place - starts[self.bag] if self.bags else place

@@ -8,8 +8,10 @@ the yardstick's largest error, plus a floor for problems so small that the yards
 import math
 from collections.abc import Iterable, Sequence
 
+import bag_problems
 import loss_problems
 import torch
+from bag_problems import BagProblem
 from loss_problems import LossProblem
 from problems import Problem, Results
 from torch import Tensor
@@ -56,6 +58,23 @@ def check_loss(results: loss_problems.Results, problem: LossProblem) -> None:
         floor = FLOOR_EPS * finfo.eps * (_largest(size.nan_to_num(0.0, 0.0, 0.0)) + finfo.smallest_normal)
         try:
             assert_close(name, x, x_ref, x_pt, factor=FACTORS[problem.input.dtype], floor=floor)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{problem}") from None
+
+
+def check_bag(results: bag_problems.Results, problem: BagProblem) -> None:
+    """The same for the embedding bag."""
+    finfo = torch.finfo(problem.weight.dtype)
+    judges = (bag_problems.truth, bag_problems.yardstick, bag_problems.magnitude)
+    columns = (results, *(judge(problem) for judge in judges))
+    for name, x, x_ref, x_pt, size in zip(bag_problems.Results._fields, *columns, strict=True):
+        assert (x is None) == (x_ref is None), f"{name}: got {x}, expected {x_ref}\n{problem}"
+        if x is None:
+            continue
+        assert x.dtype == problem.weight.dtype
+        floor = FLOOR_EPS * finfo.eps * (_largest(size) + finfo.smallest_normal)
+        try:
+            assert_close(name, x, x_ref, x_pt, factor=FACTORS[problem.weight.dtype], floor=floor)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{problem}") from None
 
