@@ -330,4 +330,87 @@ def losses_suite(
     ]
 
 
-SUITES = {"attention": attention_suite, "losses": losses_suite}
+@dataclass(frozen=True)
+class EmbeddingBag:
+    """The mean of each bag of a padded batch, of ids as a text has them: P(id) ~ 1 / id over 10000 words. With padding,
+    lengths are uniform between 5 and all of the tokens, and the rest is id 0; full, there is no padding.
+    """
+
+    dtype: str
+    mask: str
+    shape: Shape  # (bags, tokens, features)
+    op: str = "embedding_bag"
+    results: tuple[str, ...] = ("out", "dweight")
+    yardstick: str = "F.embedding_bag"
+
+    def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        bags, _, features = self.shape
+        weight, grad_out = (torch.randn(n, features, generator=generator) for n in (VOCABULARY, bags))
+        return [weight.to(device, DTYPES[self.dtype])], grad_out.to(device, DTYPES[self.dtype])
+
+    def truth(self, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+        weight, ids = inputs[0].double(), self._ids(inputs[0].device.type)
+        out, largest = pyattn.reference.embedding_bag_forward(weight, ids, padding_idx=0)
+        dweight, _ = pyattn.reference.embedding_bag_backward(grad_out.double(), largest, weight, ids, padding_idx=0)
+        return [out, dweight]
+
+    def routes(self, device: str) -> dict[str, Route]:
+        """pyattn; torch's fused bag; and the plain formula, where it means the same."""
+        ids = self._ids(device)
+        padding = 0 if self.mask == "padding" else None
+        routes = {
+            PYATTN: Route(partial(_bag, pyattn.embedding_bag, ids, padding)),
+            self.yardstick: Route(partial(_bag, F.embedding_bag, ids, padding)),
+        }
+        if padding is None:
+            routes["embedding, mean"] = Route(lambda weight: F.embedding(ids, weight).mean(1))
+        return routes
+
+    def flops(self, direction: str) -> int:
+        """An addition per number of a token's row; backward, another of its bag's gradient."""
+        return (1 if direction == FORWARD else 2) * self._tokens * self.shape[2]
+
+    def bytes(self, direction: str) -> int:
+        """A row per token, read; backward, one of the output's gradient too, and the whole table's gradient, written."""
+        rows = self._tokens if direction == FORWARD else 2 * self._tokens + VOCABULARY
+        return rows * self.shape[2] * DTYPES[self.dtype].itemsize
+
+    def smallest(self) -> "EmbeddingBag":
+        return replace(self, shape=(1, 2, self.shape[2]))
+
+    @property
+    def _tokens(self) -> int:
+        return int((self._ids("cpu") != 0).sum())
+
+    def _ids(self, device: str) -> Tensor:
+        bags, tokens, _ = self.shape
+        generator = torch.Generator().manual_seed(0)
+        frequencies = 1 / torch.arange(1, VOCABULARY)
+        ids = 1 + torch.multinomial(frequencies, bags * tokens, True, generator=generator).view(bags, tokens)
+        if self.mask == "padding":
+            lengths = torch.randint(min(5, tokens), tokens + 1, (bags, 1), generator=generator)
+            ids = torch.where(torch.arange(tokens) < lengths, ids, 0)
+        return ids.to(device)
+
+
+def _bag(function: Callable[..., Tensor], ids: Tensor, padding_idx: int | None, weight: Tensor) -> Tensor:
+    return function(ids, weight, padding_idx=padding_idx)
+
+
+VOCABULARY = 10000
+BAG_SHAPES: tuple[Shape, ...] = ((1, 100, 128), (32, 100, 128), (256, 100, 128))
+
+
+def embeddings_suite(
+    shapes: Sequence[Shape] | None, dtypes: Sequence[str] | None, masks: Sequence[str] | None, quick: bool
+) -> list[Case]:
+    return [
+        EmbeddingBag(dtype, mask, shape)
+        for dtype in dtypes or (("fp32",) if quick else ("fp32", "bf16"))
+        for mask in masks or ("full", "padding")
+        for shape in shapes or BAG_SHAPES
+    ]
+
+
+SUITES = {"attention": attention_suite, "losses": losses_suite, "embeddings": embeddings_suite}

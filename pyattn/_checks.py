@@ -349,7 +349,7 @@ def check_embedding_bag(
                 f"input: expected shape (tokens,), since there are offsets, got {shape_text(input)}; the rows of a "
                 "2-D input are bags by themselves"
             )
-        if offsets.dim() != 1 or offsets.shape[0] < include_last_offset:
+        if offsets.dim() != 1 or offsets.shape[0] < int(include_last_offset):
             expected = "(bags + 1,)" if include_last_offset else "(bags,)"
             raise ShapeError(f"offsets: expected shape {expected}, got {shape_text(offsets)}")
     bags = input.shape[0] if offsets is None else offsets.shape[0]
@@ -415,7 +415,7 @@ def check_bags(
     """Looks at every id, offset and length; kernels do so on the way, and come here for the words."""
     tokens = input.shape[-1]
     counts = torch.ones_like(input, dtype=torch.bool) if mask is None else mask
-    if offsets is not None and offsets.shape[0] == include_last_offset:
+    if offsets is not None and offsets.shape[0] == int(include_last_offset):
         return  # no bags
     if offsets is not None:
         bounds = offsets.long() if include_last_offset else torch.cat([offsets.long(), offsets.new_tensor([tokens])])

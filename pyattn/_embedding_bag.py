@@ -51,7 +51,7 @@ def check(operands: EmbeddingBagOperands, config: EmbeddingBagConfig) -> None:
 def bags_of(operands: EmbeddingBagOperands, config: EmbeddingBagConfig) -> int:
     if operands.offsets is None:
         return operands.input.shape[0]
-    return operands.offsets.shape[0] - config.include_last_offset
+    return operands.offsets.shape[0] - int(config.include_last_offset)
 
 
 def empty_out(operands: EmbeddingBagOperands, config: EmbeddingBagConfig) -> Tensor:

@@ -339,7 +339,7 @@ class _Bags:
             counts = counts if lengths is None else counts & (place < lengths.unsqueeze(-1))
             counts, place = counts.reshape(-1), place.repeat(self.bags)
         else:
-            self.bags, place = offsets.shape[0] - include_last_offset, torch.arange(tokens, device=device)
+            self.bags, place = offsets.shape[0] - int(include_last_offset), torch.arange(tokens, device=device)
             starts = offsets.long()[: self.bags]
             self.bag = torch.searchsorted(starts.contiguous(), place, right=True) - 1
             counts = place < offsets[-1] if include_last_offset else torch.full_like(place, self.bags > 0).bool()

@@ -218,7 +218,7 @@ def test_as_torch(case: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_frequency_is_that_of_torchs_embedding(mode: str) -> None:
-    """torch's own bag divides every row by the same count on the CPU (2.13: [[0, 0, 1]] gives row 1 its gradient / 2)."""
+    """Not that of its bag, which divides by the count of another row (CPU, 2.13: of [[0, 0, 1]], row 1 by 2)."""
     problem = make(scale_grad_by_freq=True, mode=mode)
     leaf = problem.weight.clone().requires_grad_()
     rows = F.embedding(problem.input, leaf, scale_grad_by_freq=True)
