@@ -372,7 +372,7 @@ class EmbeddingBag:
         return (1 if direction == FORWARD else 2) * self._tokens * self.shape[2]
 
     def bytes(self, direction: str) -> int:
-        """A row per token, read; backward, one of the output's gradient too, and the whole table's gradient, written."""
+        """A row per token, read; backward, one of the output's gradient too, and the table's gradient, written."""
         rows = self._tokens if direction == FORWARD else 2 * self._tokens + VOCABULARY
         return rows * self.shape[2] * DTYPES[self.dtype].itemsize
 

@@ -84,7 +84,8 @@ def embedding_bag(
     Raises:
         ShapeError, DtypeError, DeviceError, ValueError: an argument does not fit, or is out of its range.
         IndexError: the id of a token that counts is no row of weight.
-        NotImplementedError: max_norm is given; sparse under torch.compile; no backend takes the problem.
+        NotImplementedError: max_norm is given; sparse under torch.compile; no backend takes the problem (on a GPU none
+            does yet).
 
     References:
         Word dropout: Iyyer et al., "Deep unordered composition rivals syntactic methods for text classification", 2015,

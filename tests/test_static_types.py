@@ -25,6 +25,8 @@ with pyattn.use_backend("reference"):
     backend: str = pyattn.explain(pyattn.attention, q, k, v).backend
 loss: Tensor = pyattn.cross_entropy(q[0, 0], torch.arange(16), label_smoothing=0.1, reduction="sum")
 same_loss: Tensor = pyattn.nn.CrossEntropyLoss(reduction="none")(q[0, 0], torch.arange(16))
+bags: Tensor = pyattn.embedding_bag(torch.zeros(2, 3).long(), q[0, 0], padding_idx=0, mode="max", dropout_p=0.1)
+same_bags: Tensor = pyattn.nn.EmbeddingBag(16, 32, padding_idx=0)(torch.zeros(2, 3).long(), lengths=torch.arange(2))
 pyattn.show_config()
 """
 WRONG = [
@@ -33,6 +35,7 @@ WRONG = [
     "pyattn.attention(q, k, v, dropout=0.1)",
     'pyattn.Causal("centre")',
     'pyattn.cross_entropy(q, q, reduction="average")',
+    'pyattn.embedding_bag(q, q, mode="median")',
     'pyattn.use_backend("cuda")',
 ]
 

@@ -78,8 +78,10 @@ class EmbeddingBag(nn.Module):
         """A module on a table that exists; `freeze` keeps it from learning."""
         if embeddings.dim() != 2:
             raise ValueError(f"embeddings: expected shape (vocabulary, features), got {tuple(embeddings.shape)}")
+        num_embeddings, embedding_dim = embeddings.shape
         bag = cls(
-            *embeddings.shape,
+            num_embeddings,
+            embedding_dim,
             max_norm=max_norm,
             norm_type=norm_type,
             scale_grad_by_freq=scale_grad_by_freq,
