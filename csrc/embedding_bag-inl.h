@@ -17,7 +17,10 @@ struct Term {
 // Terms that are added up before they join the total, so that neither sum is long enough to lose digits.
 constexpr int64_t kSumTerms = 64;
 
-// A row is fetched this many terms before it is added: rows lie anywhere, which no hardware foresees.
+// A row is fetched this many terms before it is added: rows lie anywhere, which no hardware foresees. The forward of
+// 256 bags of 100 uniform ids out of 10000 rows of 128 floats takes, of torch's time in the same process, 1.2 to 1.3
+// without, 0.75 to 0.85 with 8 and 0.9 to 1.0 with 16 (Zen 3, under load). Fetching whole rows in the first pass over
+// the columns instead of each pass its own takes 1.2 times as long as this.
 constexpr int64_t kTermsAhead = 8;
 
 // Chunks of work for one thread read about this many elements.
