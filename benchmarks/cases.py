@@ -342,6 +342,7 @@ class EmbeddingBag:
     op: str = "embedding_bag"
     results: tuple[str, ...] = ("out", "dweight")
     yardstick: str = "F.embedding_bag"
+    directions: tuple[str, ...] = DIRECTIONS
 
     def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
         generator = torch.Generator().manual_seed(seed)
