@@ -315,18 +315,83 @@ class CrossEntropy:
         return target.to(device)
 
 
+@dataclass(frozen=True)
+class LinearCrossEntropy:
+    """The same of the logits of a linear layer. The losses of sequences are of such logits, and memory is the point."""
+
+    dtype: str
+    mask: str
+    shape: Shape  # (rows, features, classes)
+    directions: tuple[str, ...] = DIRECTIONS
+    op: str = "linear_cross_entropy"
+    results: tuple[str, ...] = ("loss", "dinput", "dlinear_weight")
+    yardstick: str = "torch"
+
+    def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
+        """Logits have a deviation of 1."""
+        rows, features, classes = self.shape
+        generator = torch.Generator().manual_seed(seed)
+        input, weight = (
+            torch.randn(shape, generator=generator).to(device, DTYPES[self.dtype])
+            for shape in ((rows, features), (classes, features))
+        )
+        return [input / math.sqrt(features), weight], torch.ones((), device=device, dtype=input.dtype)
+
+    def truth(self, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+        problem = *(x.double() for x in inputs), self._loss._target(inputs[0].device.type)
+        loss, _, _ = pyattn.reference.linear_cross_entropy_forward(*problem)
+        gradients = pyattn.reference.linear_cross_entropy_backward(grad_out.double(), *problem)
+        return [loss, *gradients[:2]]
+
+    def routes(self, device: str) -> dict[str, Route]:
+        """pyattn; torch's linear and cross_entropy, and, where this torch has it, its own function in chunks."""
+        target = self._loss._target(device)
+        routes = {
+            PYATTN: Route(partial(pyattn.linear_cross_entropy, target=target)),
+            self.yardstick: Route(lambda input, weight: F.cross_entropy(F.linear(input, weight), target)),
+        }
+        if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+            options = torch.nn.LinearCrossEntropyOptions()
+            routes["chunked"] = Route(partial(F.linear_cross_entropy, target=target, options=options))
+        return routes
+
+    def flops(self, direction: str) -> int:
+        """A multiply-add per logit and feature; for training three. Cross-entropy's own, and what is ignored, are left
+        out."""
+        return (2 if direction == FORWARD else 6) * self.shape[1] * self.shape[2] * self._loss._counted_rows
+
+    def bytes(self, direction: str) -> int:
+        """Input and weight, read; their gradients, written."""
+        rows, features, classes = self.shape
+        return (1 if direction == FORWARD else 2) * (rows + classes) * features * DTYPES[self.dtype].itemsize
+
+    def smallest(self) -> "LinearCrossEntropy":
+        """Of few features and classes too, by which the scratch that stays with a thread is measured."""
+        return replace(self, shape=(2, 2, 2))
+
+    @property
+    def _loss(self) -> CrossEntropy:
+        rows, _, classes = self.shape
+        return CrossEntropy(self.dtype, self.mask, (rows, classes))
+
+
 # A binary and a large classifier, and BERT's vocabulary with a batch of tokens. The first two are torch's own call.
 LOSS_SHAPES: tuple[Shape, ...] = ((32, 2), (256, 2), (2048, 1000), (512, 30522), (2048, 30522))
+
+# The same with linear layers of BERT's kin before them.
+LINEAR_LOSS_SHAPES: tuple[Shape, ...] = ((32, 128, 2), (256, 256, 1000), (512, 256, 8192), (2048, 768, 30522))
 
 
 def losses_suite(
     shapes: Sequence[Shape] | None, dtypes: Sequence[str] | None, masks: Sequence[str] | None, quick: bool
 ) -> list[Case]:
+    """Shapes of two numbers are cross-entropy's, of three also have a linear layer's features."""
+    grid = (*LOSS_SHAPES[:3], *LINEAR_LOSS_SHAPES[:3]) if quick else (*LOSS_SHAPES, *LINEAR_LOSS_SHAPES)
     return [
-        CrossEntropy(dtype, mask, shape)
+        CrossEntropy(dtype, mask, shape) if len(shape) == 2 else LinearCrossEntropy(dtype, mask, shape)
         for dtype in dtypes or ("fp32", "bf16")
         for mask in masks or ("padding",)
-        for shape in shapes or (LOSS_SHAPES[:3] if quick else LOSS_SHAPES)
+        for shape in shapes or grid
     ]
 
 

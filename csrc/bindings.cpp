@@ -8,6 +8,7 @@
 #include "cross_entropy.h"
 #include "dispatch.h"
 #include "embedding_bag.h"
+#include "linear_cross_entropy.h"
 #include "signature.h"
 
 namespace pyattn {
@@ -16,6 +17,7 @@ namespace {
 #include "bind_attention-inl.h"
 #include "bind_cross_entropy-inl.h"
 #include "bind_embedding_bag-inl.h"
+#include "bind_linear_cross_entropy-inl.h"
 
 }  // namespace
 }  // namespace pyattn
@@ -53,6 +55,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("embedding_bag_weights_backward", &pyattn::embedding_bag_weights_backward, py::arg("dout"), py::arg("operands"),
         py::arg("config"), py::arg("dw"), py::arg("threads"),
         "Sets the gradient of the per-sample weights for the tokens that count. Returns what the forward does.");
+  m.def("linear_cross_entropy_forward", &pyattn::linear_cross_entropy_forward, py::arg("operands"), py::arg("config"),
+        py::arg("loss"), py::arg("m"), py::arg("l"), py::arg("gradients"), py::arg("threads"),
+        "Fills loss, unless they are None m and l, and those of the gradients (dinput, dlinear_weight, dlinear_bias) "
+        "that are not None, for a gradient of 1 of a loss that is reduced. Returns what cross_entropy_forward does.");
+  m.def("linear_cross_entropy_backward", &pyattn::linear_cross_entropy_backward, py::arg("dloss"), py::arg("m"),
+        py::arg("l"), py::arg("operands"), py::arg("config"), py::arg("gradients"), py::arg("threads"),
+        "Fills those of the gradients that are not None; see pyattn.reference.linear_cross_entropy_backward.");
   m.def(
       "isa", [] { return std::string(pyattn::kernels().isa); },
       "The kernel variant in use: the best available, or the one that PYATTN_ISA names.");

@@ -151,7 +151,7 @@ void gradient_row(const S* x, int64_t n, T m, T a, T g, const Shares<T, Q>& shar
 
 // ---- Rows in memory
 
-inline int64_t row_offset(const CrossEntropyProblem& p, const RowTensor& tensor, int64_t row) {
+inline int64_t row_offset(const CrossEntropyTargets& p, const RowTensor& tensor, int64_t row) {
   int64_t offset = 0;
   for (int d = p.row_rank - 1; d > 0; --d) {
     offset += row % p.row_shape[d] * tensor.row[d];
@@ -174,7 +174,7 @@ struct RowTile {
   int64_t count;
   bool neighbours = true;
 
-  RowTile(const CrossEntropyProblem& p, const RowTensor& tensor, int64_t first, int64_t end)
+  RowTile(const CrossEntropyTargets& p, const RowTensor& tensor, int64_t first, int64_t end)
       : count(smaller(kRowTile, end - first)) {
     for (int64_t i = 0; i < count; ++i) {
       offset[i] = row_offset(p, tensor, first + i);
@@ -225,20 +225,7 @@ void store_rows(S* data, const RowTile& tile, int64_t cls, int64_t n, const T* f
   }
 }
 
-// ---- The op
-
-// One thread's buffers for tiles whose classes are not neighbours in memory.
-template <class T>
-struct TileBuffers {
-  T* x;  // [kRowTile][ld]
-  T* t;  // likewise, of the probabilities
-
-  TileBuffers() = default;
-  TileBuffers(Carver& carver, int64_t ld) {
-    x = carver.take<T>(kRowTile * ld);
-    t = carver.take<T>(kRowTile * ld);
-  }
-};
+// ---- Targets
 
 // What a chunk of rows contributes.
 struct ChunkSums {
@@ -246,48 +233,49 @@ struct ChunkSums {
   int64_t bad_row;  // -1: none
 };
 
+// How a row's gradient follows from its logits: dx_c = a e^(x_c - m) - g q_c.
 template <class T>
-struct CrossEntropy {
-  const CrossEntropyProblem& p;
-  const int64_t ld, chunk_rows, chunks;
+struct RowGradient {
+  T m, a, g;
+  int64_t y;  // the class index; -1: there are probabilities
+  T w;        // its weight
+};
+
+// The shares of the classes, and what becomes of a row's logits by them. Classes can come in pieces [c0, c0 + n), for
+// which x and t are pointers to the logits and, if there are, the probabilities of the piece alone.
+template <class T>
+struct Targets {
+  const CrossEntropyTargets& p;
+  const int64_t chunk_rows, chunks;
   const double on, off;  // what a class gets of a target of 1, and what it gets besides
   T* weight = nullptr;
+  T weights;  // their sum
   ChunkSums* sums = nullptr;
-  char* workers = nullptr;
-  int64_t worker_bytes = 0;
 
-  CrossEntropy(const CrossEntropyProblem& problem, bool tiled)
+  explicit Targets(const CrossEntropyTargets& problem)
       : p(problem),
-        ld(leading_dimension<T>(p.C)),
         chunk_rows((larger(kChunkElements / larger<int64_t>(p.C, 1), kRowTile) + kRowTile - 1) / kRowTile * kRowTile),
         chunks((p.rows + chunk_rows - 1) / chunk_rows),
         on(1 - p.label_smoothing),
-        off(p.label_smoothing / static_cast<double>(larger<int64_t>(p.C, 1))) {
-    Carver one{nullptr};
-    TileBuffers<T>(one, ld);
-    worker_bytes = tiled ? one.bytes : 0;
-    Carver counting{nullptr};
-    carve(counting);
-    Carver carver{reserve_scratch(counting.bytes)};
-    carve(carver);
-    copy_weight();
-  }
+        off(p.label_smoothing / static_cast<double>(larger<int64_t>(p.C, 1))),
+        weights(p.weight == nullptr ? static_cast<T>(p.C) : T(0)) {}
 
+  // To be called by whoever reserves the scratch, and then copy_weight.
   void carve(Carver& carver) {
     if (p.weight != nullptr) weight = carver.take<T>(p.C + kWidth<T>);
     sums = carver.take<ChunkSums>(chunks);
-    workers = carver.take<char>(p.threads * worker_bytes);
   }
 
   void copy_weight() {
     if (p.weight == nullptr) return;
-    const RowTensor whole{const_cast<void*>(p.weight), p.input.dtype, {}, p.weight_stride};
+    const RowTensor whole{const_cast<void*>(p.weight), p.dtype, {}, p.weight_stride};
     with_rows(whole, [&](const auto* data) {
       for (int64_t c = 0; c < p.C; c += kWidth<T>) {
         store(weight + c, load_some<T>(data + c * p.weight_stride, p.weight_stride, lanes_left<T>(p.C, c)));
       }
     });
     for (int64_t c = p.C; c < p.C + kWidth<T>; ++c) weight[c] = 0;
+    for (int64_t c = 0; c < p.C; ++c) weights += weight[c];
   }
 
   template <class F>
@@ -295,7 +283,6 @@ struct CrossEntropy {
     return with_storage<T>(tensor.dtype, static_cast<char*>(tensor.data), f);
   }
 
-  bool tiled() const { return worker_bytes > 0; }
   bool by_probabilities() const { return p.probabilities.data != nullptr; }
   bool spread() const { return by_probabilities() || p.label_smoothing != 0; }
 
@@ -306,6 +293,7 @@ struct CrossEntropy {
     return p.byte_indices ? static_cast<const uint8_t*>(p.indices.data)[offset]
                           : static_cast<const int64_t*>(p.indices.data)[offset];
   }
+  bool counts(int64_t row) const { return by_probabilities() || index(row) != p.ignore_index; }
 
   // body(worker, first row, end, sums) for each chunk.
   template <class F>
@@ -344,11 +332,134 @@ struct CrossEntropy {
     return total();
   }
 
+  template <class Q>
+  Shares<T, Q> shares(const Q* t, int64_t c0 = 0) const {
+    return {t, weight == nullptr ? nullptr : weight + c0, static_cast<T>(on), static_cast<T>(off)};
+  }
+
+  // What a piece of a row adds to its loss.
+  template <class S, class Q>
+  LossRow<T> loss_piece(const S* x, const Q* t, int64_t c0, int64_t n) const {
+    if (by_probabilities()) return loss_row<true>(x, n, shares(t, c0));
+    // Shares that are all alike are left out of the sums: 1 per class adds up without rounding.
+    const Shares<T, Q> ones = {nullptr, weight == nullptr ? nullptr : weight + c0, 0, 1};
+    return spread() ? loss_row<true>(x, n, ones) : loss_row<false>(x, n, ones);
+  }
+
+  // A row's loss, s log(l) + t, in double, since a row is long and this its end. x_y is the index's logit.
+  double loss(int64_t row, const LossRow<T>& r, T x_y) const {
+    double s = r.s, t = r.t;
+    if (!by_probabilities()) {
+      s = on * static_cast<double>(weight_of(index(row)));
+      t = s * static_cast<double>(r.m - x_y);
+      if (spread()) s += off * r.s, t += off * r.t;
+    }
+    return s * log(static_cast<double>(r.l)) + t;
+  }
+
+  void store_loss(const RowTensor& loss, int64_t offset, double value) const {
+    with_rows(loss, [&](auto* data) { store_some<T>(data + offset, 1, 1, broadcast(static_cast<T>(value))); });
+  }
+  // Of the sum over all rows.
+  void store_reduced(const RowTensor& loss, double sum, double total_weight) const {
+    if (p.reduction == Reduction::kMean) store_loss(loss, 0, sum / total_weight);
+    if (p.reduction == Reduction::kSum) store_loss(loss, 0, sum);
+  }
+
+  // The gradient of a row's loss, from that of the result.
+  T row_dloss(const RowTensor& dloss, int64_t row, double total_weight) const {
+    const T g = with_rows(dloss, [&](const auto* data) {
+      return static_cast<T>(load_some<T>(data + row_offset(p, dloss, row), 1, 1)[0]);
+    });
+    return p.reduction == Reduction::kMean ? static_cast<T>(g / total_weight) : g;
+  }
+
+  // Of a row that counts; t are the probabilities of all classes. (Not inlined, where the compiler may fuse other
+  // multiplications with additions in each place: whoever makes a gradient, its bits are the same.)
+  template <class Q>
+  __attribute__((noinline)) RowGradient<T> row_gradient(int64_t row, const Q* t, T m, T l, T g) const {
+    if (by_probabilities()) return {m, g * sum(shares(t)) / l, g, -1, 0};
+    const int64_t y = index(row);
+    const T w = weight_of(y);
+    return {m, g * (static_cast<T>(on) * w + static_cast<T>(off) * weights) / l, g, y, w};
+  }
+
+  // The sum of a row's shares.
+  template <class Q>
+  T sum(const Shares<T, Q>& shares) const {
+    T sum = 0;
+    for (int64_t first = 0; first < p.C; first += kSumBlock<T>) {
+      const int64_t end = smaller(first + kSumBlock<T>, p.C);
+      Vec<T> s = {};
+      for (int64_t c = first; c < end; c += kWidth<T>) s += shares(c, static_cast<int>(lanes_left<T>(p.C, c)));
+      sum += reduce_add<T>(s);
+    }
+    return sum;
+  }
+
+  // The gradient of a piece of a row; `to` may be x.
+  template <class S, class D, class Q>
+  void gradient_piece(const RowGradient<T>& r, const S* x, const Q* t, int64_t c0, int64_t n, D* to,
+                      bool past_caches) const {
+    const bool has_y = r.y >= c0 && r.y < c0 + n;
+    const Vec<T> x_y = has_y ? load_some<T>(x + r.y - c0, 1, 1) : Vec<T>{};  // read before `to` is written
+    if (spread()) {
+      gradient_row<true>(x, n, r.m, r.a, r.g, shares(t, c0), to, past_caches);
+    } else {
+      gradient_row<false>(x, n, r.m, r.a, r.g, shares(t, c0), to, past_caches);
+    }
+    if (!has_y) return;
+    const Vec<T> q = broadcast(r.g * (static_cast<T>(on) + static_cast<T>(off)) * r.w);
+    store_some<T>(to + r.y - c0, 1, 1, exp(x_y - broadcast(r.m)) * r.a - q);
+  }
+};
+
+// ---- The op
+
+// One thread's buffers for tiles whose classes are not neighbours in memory.
+template <class T>
+struct TileBuffers {
+  T* x;  // [kRowTile][ld]
+  T* t;  // likewise, of the probabilities
+
+  TileBuffers() = default;
+  TileBuffers(Carver& carver, int64_t ld) {
+    x = carver.take<T>(kRowTile * ld);
+    t = carver.take<T>(kRowTile * ld);
+  }
+};
+
+template <class T>
+struct CrossEntropy : Targets<T> {
+  const CrossEntropyProblem& p;
+  const int64_t ld;
+  char* workers = nullptr;
+  int64_t worker_bytes = 0;
+
+  CrossEntropy(const CrossEntropyProblem& problem, bool tiled)
+      : Targets<T>(problem), p(problem), ld(leading_dimension<T>(p.C)) {
+    Carver one{nullptr};
+    TileBuffers<T>(one, ld);
+    worker_bytes = tiled ? one.bytes : 0;
+    Carver counting{nullptr};
+    carve(counting);
+    Carver carver{reserve_scratch(counting.bytes)};
+    carve(carver);
+    this->copy_weight();
+  }
+
+  void carve(Carver& carver) {
+    Targets<T>::carve(carver);
+    workers = carver.take<char>(p.threads * worker_bytes);
+  }
+
+  bool tiled() const { return worker_bytes > 0; }
+
   // f(row, x, t) for the rows of a chunk, as pointers to C contiguous logits and probabilities (if there are). Where
   // classes are not neighbours these are copies, and `after(first, end, x)` is told of each tile that is done.
   template <class F, class G>
   void for_rows(int worker, int64_t first, int64_t end, const F& f, const G& after) const {
-    with_rows(p.input, [&](const auto* data) {
+    this->with_rows(p.input, [&](const auto* data) {
       const auto* probabilities = as_type_of(data, p.probabilities.data);
       if (!tiled()) {
         for (int64_t row = first; row < end; ++row) {
@@ -373,11 +484,6 @@ struct CrossEntropy {
       }
     });
   }
-
-  template <class Q>
-  Shares<T, Q> shares(const Q* t) const {
-    return {t, weight, static_cast<T>(on), static_cast<T>(off)};
-  }
 };
 
 template <class T>
@@ -388,31 +494,20 @@ struct CrossEntropyForwardRows : CrossEntropy<T> {
       : CrossEntropy<T>(problem, strided_classes(problem.input) || strided_classes(problem.probabilities)),
         p(problem) {}
 
-  void store_loss(int64_t offset, double loss) const {
-    this->with_rows(p.loss, [&](auto* data) { store_some<T>(data + offset, 1, 1, broadcast(static_cast<T>(loss))); });
-  }
-
-  // s log(l) + t, in double, since a row is long and this its end.
   template <class S, class Q>
-  double loss(int64_t row, const S* x, const Q* probabilities) const {
+  double loss(int64_t row, const S* x, const Q* t) const {
     LossRow<T> r = {0, 1, 0, 0};
-    double s = 0, t = 0;
-    if (this->by_probabilities()) {
-      r = loss_row<true>(x, p.C, this->shares(probabilities));
-      s = r.s, t = r.t;
-    } else if (const int64_t y = this->index(row); y != p.ignore_index) {
-      // Shares that are all alike are left out of the sums: 1 per class adds up without rounding.
-      const Shares<T, Q> ones = {nullptr, this->weight, 0, 1};
-      r = this->spread() ? loss_row<true>(x, p.C, ones) : loss_row<false>(x, p.C, ones);
-      const double q = this->on * static_cast<double>(this->weight_of(y));
-      s = q, t = q * static_cast<double>(r.m - load_some<T>(x + y, 1, 1)[0]);
-      if (this->spread()) s += this->off * r.s, t += this->off * r.t;
+    double loss = 0;
+    if (this->counts(row)) {
+      r = this->loss_piece(x, t, 0, p.C);
+      const T x_y = this->by_probabilities() ? T(0) : load_some<T>(x + this->index(row), 1, 1)[0];
+      loss = Targets<T>::loss(row, r, x_y);
     }
     if (p.m != nullptr) {
       static_cast<T*>(p.m)[row] = r.m;
       static_cast<T*>(p.l)[row] = r.l;
     }
-    return s * log(static_cast<double>(r.l)) + t;
+    return loss;
   }
 
   int64_t run() const {
@@ -422,13 +517,11 @@ struct CrossEntropyForwardRows : CrossEntropy<T> {
       const auto one = [&](int64_t row, const auto* x, const auto* t) {
         const double row_loss = loss(row, x, t);
         chunk.loss += row_loss;
-        if (p.reduction == Reduction::kNone) store_loss(row_offset(p, p.loss, row), row_loss);
+        if (p.reduction == Reduction::kNone) this->store_loss(p.loss, row_offset(p, p.loss, row), row_loss);
       };
       this->for_rows(worker, first, end, one, [](int64_t, int64_t, const T*) {});
     });
-    const double sum = this->total().loss;
-    if (p.reduction == Reduction::kMean) store_loss(0, sum / targets.weight);
-    if (p.reduction == Reduction::kSum) store_loss(0, sum);
+    this->store_reduced(p.loss, this->total().loss, targets.weight);
     return -1;
   }
 };
@@ -437,58 +530,22 @@ template <class T>
 struct CrossEntropyBackwardRows : CrossEntropy<T> {
   const CrossEntropyBackward& p;
   const bool past_caches;
-  T weights = 0;  // their sum
 
   explicit CrossEntropyBackwardRows(const CrossEntropyBackward& problem)
       : CrossEntropy<T>(problem, strided_classes(problem.input) || strided_classes(problem.probabilities) ||
                                      strided_classes(problem.dinput)),
         p(problem),
-        past_caches(!this->tiled() && p.rows * p.C * static_cast<int64_t>(sizeof(T)) > kStreamBytes) {
-    for (int64_t c = 0; c < p.C; ++c) weights += this->weight_of(c);
-  }
-
-  // The gradient of a row's loss.
-  T dloss(int64_t row, double total_weight) const {
-    const T g = this->with_rows(p.dloss, [&](const auto* data) {
-      return static_cast<T>(load_some<T>(data + row_offset(p, p.dloss, row), 1, 1)[0]);
-    });
-    return p.reduction == Reduction::kMean ? static_cast<T>(g / total_weight) : g;
-  }
-
-  // The sum of a row's shares.
-  template <class Q>
-  T sum(const Shares<T, Q>& shares) const {
-    T sum = 0;
-    for (int64_t first = 0; first < p.C; first += kSumBlock<T>) {
-      const int64_t end = smaller(first + kSumBlock<T>, p.C);
-      Vec<T> s = {};
-      for (int64_t c = first; c < end; c += kWidth<T>) s += shares(c, static_cast<int>(lanes_left<T>(p.C, c)));
-      sum += reduce_add<T>(s);
-    }
-    return sum;
-  }
+        past_caches(!this->tiled() && p.rows * p.C * static_cast<int64_t>(sizeof(T)) > kStreamBytes) {}
 
   template <class S, class Q>
   void gradient(int64_t row, const S* x, const Q* t, S* to, double total_weight) const {
-    const Shares<T, Q> shares = this->shares(t);
-    const T m = static_cast<const T*>(p.m)[row], l = static_cast<const T*>(p.l)[row], g = dloss(row, total_weight);
-    if (this->by_probabilities()) {
-      return gradient_row<true>(x, p.C, m, g * sum(shares) / l, g, shares, to, past_caches);
-    }
-    const int64_t y = this->index(row);
-    if (y == p.ignore_index) {
+    if (!this->counts(row)) {
       for (int64_t c = 0; c < p.C; c += kWidth<T>) store_some<T>(to + c, 1, lanes_left<T>(p.C, c), Vec<T>{});
       return;
     }
-    const T on = static_cast<T>(this->on), off = static_cast<T>(this->off), w = this->weight_of(y);
-    const T a = g * (on * w + off * weights) / l;
-    const Vec<T> x_y = load_some<T>(x + y, 1, 1);  // read before `to`, which may be x, is written
-    if (this->spread()) {
-      gradient_row<true>(x, p.C, m, a, g, shares, to, past_caches);
-    } else {
-      gradient_row<false>(x, p.C, m, a, g, shares, to, past_caches);
-    }
-    store_some<T>(to + y, 1, 1, exp(x_y - broadcast(m)) * a - broadcast(g * (on + off) * w));
+    const T m = static_cast<const T*>(p.m)[row], l = static_cast<const T*>(p.l)[row];
+    const RowGradient<T> r = this->row_gradient(row, t, m, l, this->row_dloss(p.dloss, row, total_weight));
+    this->gradient_piece(r, x, t, 0, p.C, to, past_caches);
   }
 
   int64_t run() const {

@@ -23,22 +23,27 @@ struct RowTensor {
 
 enum class Reduction : uint8_t { kNone, kMean, kSum };
 
-struct CrossEntropyProblem {
+// What is asked of the logits, wherever they come from.
+struct CrossEntropyTargets {
   int row_rank = 0;
   int64_t row_shape[kMaxRowRank] = {};
   int64_t rows = 1, C = 0;  // rows is the product of row_shape
+  Dtype dtype = Dtype::kFloat32;
 
-  RowTensor input;
-  RowTensor probabilities;  // of the classes, in input's dtype; if absent, there are
+  RowTensor probabilities;  // of the classes, in that dtype; if absent, there are
   RowTensor indices;        // int64, or one byte each (the dtype field is not used)
   bool byte_indices = false;
-  const void* weight = nullptr;  // [C], in input's dtype; optional
+  const void* weight = nullptr;  // [C], in that dtype; optional
   int64_t weight_stride = 0;
 
   Reduction reduction = Reduction::kMean;
   int64_t ignore_index = 0;
   double label_smoothing = 0;
   int threads = 1;
+};
+
+struct CrossEntropyProblem : CrossEntropyTargets {
+  RowTensor input;
 };
 
 // m, the maximum of a row, and l, the sum of e^(x - m), are [rows] in the compute type: float, or double for double.

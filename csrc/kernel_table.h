@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "embedding_bag.h"
+#include "linear_cross_entropy.h"
 
 namespace pyattn {
 
@@ -12,6 +13,7 @@ struct Kernels {
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   EmbeddingBagKernels embedding_bag;
+  LinearCrossEntropyKernels linear_cross_entropy;
 };
 
 }  // namespace pyattn

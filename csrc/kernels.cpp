@@ -27,6 +27,7 @@
 #include "embedding_bag.h"
 #include "huge_pages.h"
 #include "kernel_table.h"
+#include "linear_cross_entropy.h"
 
 namespace pyattn {
 namespace PYATTN_VARIANT {
@@ -47,6 +48,7 @@ constexpr int kUnit = 64;
 #include "attention_bwd-inl.h"
 #include "cross_entropy-inl.h"
 #include "embedding_bag-inl.h"
+#include "linear_cross_entropy-inl.h"
 // clang-format on
 
 void attention_forward(const AttentionForward& p) {
@@ -107,6 +109,20 @@ int64_t embedding_bag_weights_backward(const EmbeddingBagBackward& p) {
   return bad_bag;
 }
 
+int64_t linear_cross_entropy_forward(const LinearCrossEntropyForward& p) {
+  const int64_t bad_row =
+      p.dtype == Dtype::kFloat64 ? linear_cross_entropy_forward<double>(p) : linear_cross_entropy_forward<float>(p);
+  trim_scratch();
+  return bad_row;
+}
+
+int64_t linear_cross_entropy_backward(const LinearCrossEntropyBackward& p) {
+  const int64_t bad_row =
+      p.dtype == Dtype::kFloat64 ? linear_cross_entropy_backward<double>(p) : linear_cross_entropy_backward<float>(p);
+  trim_scratch();
+  return bad_row;
+}
+
 #define PYATTN_NAME(variant) PYATTN_STRING(variant)
 #define PYATTN_STRING(text) #text
 
@@ -117,7 +133,8 @@ const Kernels kKernels = {
     PYATTN_NAME(PYATTN_VARIANT),
     {attention_forward, attention_backward},
     {cross_entropy_forward, cross_entropy_backward},
-    {embedding_bag_forward, embedding_bag_transpose, embedding_bag_backward, embedding_bag_weights_backward}};
+    {embedding_bag_forward, embedding_bag_transpose, embedding_bag_backward, embedding_bag_weights_backward},
+    {linear_cross_entropy_forward, linear_cross_entropy_backward}};
 
 }  // namespace PYATTN_VARIANT
 }  // namespace pyattn

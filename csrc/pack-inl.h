@@ -323,3 +323,23 @@ void parallel_for(int threads, int64_t n, const F& body) {
 #endif
   for (int64_t i = 0; i < n; ++i) body(0, i);
 }
+
+// The same, and after body(worker, i) then(worker, i), one at a time and in the order of i.
+template <class F, class G>
+void parallel_for_ordered(int threads, int64_t n, const F& body, const G& then) {
+#if defined(_OPENMP)
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) ordered
+    for (int64_t i = 0; i < n; ++i) {
+      body(omp_get_thread_num(), i);
+#pragma omp ordered
+      then(omp_get_thread_num(), i);
+    }
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < n; ++i) {
+    body(0, i);
+    then(0, i);
+  }
+}

@@ -67,6 +67,24 @@ def embedding_bag_weights_backward(
     dw: Tensor,
     threads: int,
 ) -> int: ...
+def linear_cross_entropy_forward(
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float, ...],
+    loss: Tensor,
+    m: Tensor | None,
+    l: Tensor | None,
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> int: ...
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    m: Tensor,
+    l: Tensor,
+    operands: tuple[Tensor | None, ...],
+    config: tuple[str | int | float, ...],
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> int: ...
 def isa() -> str: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...

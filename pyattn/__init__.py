@@ -10,11 +10,12 @@ The layers, downwards; a call goes through them in this order::
       _attention_backends.py     what runs attention
       _cross_entropy.py          operands and scalars of cross-entropy, and what runs it
       _embedding_bag.py          the same of the embedding bag
+      _linear_cross_entropy.py   the same with the linear layer before it
         csrc/                    C++ kernels (pyattn._C), one variant per instruction set
         kernels/                 Triton kernels (pyattn.kernels)
         reference.py             the definition, in plain PyTorch
     _ops.py  _transforms.py      the same ops for torch.compile and export, and for torch.func
-    _cross_entropy_ops.py  _embedding_bag_ops.py
+    _cross_entropy_ops.py  _linear_cross_entropy_ops.py  _embedding_bag_ops.py
 """
 
 import torch as _torch  # first: the extension then shares torch's OpenMP pool
@@ -28,6 +29,7 @@ except ModuleNotFoundError as error:
 
 from . import _cross_entropy_ops as _cross_entropy_ops
 from . import _embedding_bag_ops as _embedding_bag_ops
+from . import _linear_cross_entropy_ops as _linear_cross_entropy_ops
 from . import _ops as _ops
 from . import nn as nn
 from ._checks import DeviceError, DtypeError, ShapeError
@@ -40,7 +42,7 @@ from .attention import (
     scaled_dot_product_attention,
 )
 from .embedding import embedding_bag
-from .losses import cross_entropy
+from .losses import cross_entropy, linear_cross_entropy
 from .masks import Causal
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "dropout_mask",
     "embedding_bag",
     "explain",
+    "linear_cross_entropy",
     "nn",
     "scaled_dot_product_attention",
     "show_config",

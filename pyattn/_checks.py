@@ -239,29 +239,44 @@ def check_cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float
 ) -> None:
     """Everything about a cross-entropy that a kernel relies on, except that the indices are classes."""
-    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+    check_dense("input", input)
+    if input.dim() == 0:
+        raise ShapeError("input: expected shape (classes,) or (batch, classes, *positions), got ()")
+    if input.dtype not in DTYPES:
+        raise DtypeError(f"input: expected one of float32, bfloat16, float16, float64, got {input.dtype}")
+    check_targets("input's", input.shape, input, target, weight, reduction, ignore_index, label_smoothing)
+
+
+def check_targets(
+    whose: str,
+    logits: Sequence[int],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """What is asked of logits of a shape, which is that of `whose`; they are on input's device and of its dtype."""
+    for name, tensor in (("target", target), ("weight", weight)):
         if tensor is None:
             continue
         check_dense(name, tensor)
         if tensor.device != input.device:
             raise DeviceError(f"{name}: expected input's device {input.device}, got {tensor.device}")
-    if input.dim() == 0:
-        raise ShapeError("input: expected shape (classes,) or (batch, classes, *positions), got ()")
-    if input.dtype not in DTYPES:
-        raise DtypeError(f"input: expected one of float32, bfloat16, float16, float64, got {input.dtype}")
-    class_axis = min(input.dim() - 1, 1)
-    classes, rows = input.shape[class_axis], (*input.shape[:class_axis], *input.shape[class_axis + 1 :])
-    if target.shape == input.shape:
+    class_axis = min(len(logits) - 1, 1)
+    classes, rows = logits[class_axis], (*logits[:class_axis], *logits[class_axis + 1 :])
+    if target.shape == torch.Size(logits):
         if target.dtype not in DTYPES:
             raise DtypeError(
-                f"target: expected class probabilities in a floating dtype, since it has input's shape "
-                f"{shape_text(input)}, got {target.dtype}; class indices have shape {rows}"
+                f"target: expected class probabilities in a floating dtype, since it has {whose} shape "
+                f"{tuple(logits)}, got {target.dtype}; class indices have shape {rows}"
             )
         if ignore_index >= 0:
             raise ValueError(f"ignore_index: does not apply to class probabilities, got {ignore_index}")
     elif target.shape != rows:
         raise ShapeError(
-            f"target: expected shape {rows} for class indices, or input's {shape_text(input)} for class probabilities, "
+            f"target: expected shape {rows} for class indices, or {whose} {tuple(logits)} for class probabilities, "
             f"got {shape_text(target)}"
         )
     elif target.dtype not in INDEX_DTYPES:
@@ -281,6 +296,40 @@ def check_cross_entropy(
         raise ValueError(f"reduction: expected one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """What linear layer and cross-entropy in one has before its logits; then check_cross_entropy applies to those."""
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is None:
+            continue
+        check_dense(name, tensor)
+        if tensor.device != input.device:
+            raise DeviceError(f"{name}: expected input's device {input.device}, got {tensor.device}")
+        if tensor.dtype not in DTYPES:
+            raise DtypeError(f"{name}: expected one of float32, bfloat16, float16, float64, got {tensor.dtype}")
+        if tensor.dtype != input.dtype:
+            raise DtypeError(
+                f"{name}: expected input's dtype {input.dtype}, got {tensor.dtype}; {name}.to(input.dtype) converts"
+            )
+    if input.dim() not in (1, 2):
+        hint = "; input.flatten(0, -2) and target.flatten() make rows of the leading axes" if input.dim() > 2 else ""
+        raise ShapeError(f"input: expected shape (features,) or (tokens, features), got {shape_text(input)}{hint}")
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != input.shape[-1]:
+        raise ShapeError(
+            f"linear_weight: expected shape (classes, features) or (classes, *positions, features) with features="
+            f"{input.shape[-1]} (from input), got {shape_text(linear_weight)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise ShapeError(
+            f"input: expected shape (tokens, features), since linear_weight has positions "
+            f"({shape_text(linear_weight)}), got {shape_text(input)}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ShapeError(
+            f"linear_bias: expected linear_weight's shape without features, {tuple(linear_weight.shape[:-1])}, got "
+            f"{shape_text(linear_bias)}"
+        )
 
 
 def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -10,7 +10,7 @@ All functions take the canonical form of a problem, the one the C++ and Triton k
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -492,3 +492,68 @@ def embedding_bag_backward(
 
 def _zeros_like_optional(x: Tensor | None) -> Tensor | None:
     return None if x is None else torch.zeros_like(x)
+
+
+# ---- linear layer and cross-entropy in one ---------------------------------------------------------------------------
+
+
+class _Linear:
+    """The logits of cross-entropy, and what they come from; rows that are ignored do not exist, whatever they hold."""
+
+    def __init__(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, ignore_index: int
+    ) -> None:
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        ignored = torch.zeros((), dtype=torch.bool, device=input.device)
+        if not target.is_floating_point():
+            ignored = (target == ignore_index).unsqueeze(-1)
+        self.x = torch.where(ignored, 0.0, input.to(dtype))
+        self.w = linear_weight.to(dtype)
+        self.logits = self.x @ self.w.mT
+        if linear_bias is not None:
+            self.logits = self.logits + linear_bias.to(dtype)
+        self.target = target.to(dtype) if target.is_floating_point() else target
+
+
+@_exact
+def linear_cross_entropy_forward(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cross_entropy_forward` of the logits input @ linear_weight.T + linear_bias, which are never rounded to a half
+    type. Shapes: input ``[features]`` or ``[tokens, features]``, linear_weight ``[classes, features]``, linear_bias
+    ``[classes]``. The loss has input's dtype; m and l are float32 (float64)."""
+    s = _Linear(input, linear_weight, target, linear_bias, ignore_index)
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    loss, m, l = cross_entropy_forward(s.logits, s.target, weight, **options)
+    return loss.to(input.dtype), m, l
+
+
+@_exact
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for input, linear_weight and a linear_bias ``[classes]``, whether there is one or not: with g that
+    of the logits, g @ linear_weight, g.T @ input and the sum of g over the rows."""
+    s = _Linear(input, linear_weight, target, linear_bias, ignore_index)
+    options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    g = cross_entropy_backward(dloss, s.logits, s.target, weight, **options)
+    rows, x = torch.atleast_2d(g), torch.atleast_2d(s.x)
+    dinput, dweight, dbias = g @ s.w, rows.mT @ x, rows.sum(dim=0)
+    return dinput.to(input.dtype), dweight.to(linear_weight.dtype), dbias.to(linear_weight.dtype)

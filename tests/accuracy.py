@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterable, Sequence
 
 import bag_problems
+import linear_loss_problems
 import loss_problems
 import torch
 from bag_problems import BagProblem
+from linear_loss_problems import LinearLossProblem
 from loss_problems import LossProblem
 from problems import Problem, Results
 from torch import Tensor
@@ -48,12 +50,17 @@ def check(results: Results, problem: Problem, expected: Results | None = None) -
             raise AssertionError(f"{error}\n{problem}") from None
 
 
-def check_loss(results: loss_problems.Results, problem: LossProblem) -> None:
-    """The same for cross-entropy."""
+def check_loss(
+    results: loss_problems.Results | linear_loss_problems.Results, problem: LossProblem | LinearLossProblem
+) -> None:
+    """The same for cross-entropy, and for a linear layer with it."""
     finfo = torch.finfo(problem.input.dtype)
-    judges = (loss_problems.truth, loss_problems.yardstick, loss_problems.magnitude)
-    columns = (results, *(judge(problem) for judge in judges))
-    for name, x, x_ref, x_pt, size in zip(loss_problems.Results._fields, *columns, strict=True):
+    kind = linear_loss_problems if isinstance(problem, LinearLossProblem) else loss_problems
+    columns = (results, *(judge(problem) for judge in (kind.truth, kind.yardstick, kind.magnitude)))
+    for name, x, x_ref, x_pt, size in zip(results._fields, *columns, strict=True):
+        assert (x is None) == (x_ref is None), f"{name}: got {x}, expected {x_ref}\n{problem}"
+        if x is None:
+            continue
         assert x.dtype == problem.input.dtype
         floor = FLOOR_EPS * finfo.eps * (_largest(size.nan_to_num(0.0, 0.0, 0.0)) + finfo.smallest_normal)
         try:

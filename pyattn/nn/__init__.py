@@ -1,6 +1,6 @@
 """Thin modules over pyattn's functions, with torch.nn's names, constructors and state_dict keys."""
 
 from .embedding import EmbeddingBag
-from .loss import CrossEntropyLoss
+from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "EmbeddingBag"]
+__all__ = ["CrossEntropyLoss", "EmbeddingBag", "LinearCrossEntropyLoss"]
