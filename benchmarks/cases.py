@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from timing import Variant
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import pyattn
 import pyattn.reference
@@ -181,8 +182,7 @@ class Attention:
 
     @property
     def _lengths(self) -> list[int]:
-        batch, length = self.shape[0], self.shape[-2]
-        return [max(1, round(length * (2 * b + 1) / (2 * batch))) for b in range(batch)]
+        return _rising_lengths(self.shape[0], self.shape[-2])
 
     def _padding(self, device: str) -> Tensor | None:
         """bool [B, 1, 1, S], True = attend."""
@@ -201,6 +201,10 @@ class Attention:
         if visible is None:
             return None
         return torch.zeros(visible.shape, device=device, dtype=DTYPES[self.dtype]).masked_fill(~visible, -math.inf)
+
+
+def _rising_lengths(batch: int, length: int) -> list[int]:
+    return [max(1, round(length * (2 * b + 1) / (2 * batch))) for b in range(batch)]
 
 
 def _formula(q: Tensor, k: Tensor, v: Tensor, *, scale: float, bias: Tensor | None) -> Tensor:
@@ -479,4 +483,115 @@ def embeddings_suite(
     ]
 
 
-SUITES = {"attention": attention_suite, "losses": losses_suite, "embeddings": embeddings_suite}
+@dataclass(frozen=True)
+class Lstm:
+    """One layer in one direction, batch first; with padding, of samples whose lengths rise evenly to a mean of half.
+
+    torch has two routes for those: to run the padding too and clear what it gave, and packed sequences.
+    """
+
+    dtype: str
+    mask: str
+    shape: Shape  # (batch, seq, features, hidden)
+    op: str = "lstm"
+    results: tuple[str, ...] = ("output", "dinput", "dweight_ih", "dweight_hh", "dbias_ih", "dbias_hh")
+    yardstick: str = "torch"
+    directions: tuple[str, ...] = DIRECTIONS
+
+    def inputs(self, seed: int, device: str) -> tuple[list[Tensor], Tensor]:
+        """Standard normal inputs, and weights as torch.nn.LSTM starts with."""
+        batch, seq, features, hidden = self.shape
+        generator = torch.Generator().manual_seed(seed)
+        x, grad_out = (torch.randn(batch, seq, width, generator=generator) for width in (features, hidden))
+        shapes = ((4 * hidden, features), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
+        weights = [(2 * torch.rand(shape, generator=generator) - 1) / math.sqrt(hidden) for shape in shapes]
+        dtype = DTYPES[self.dtype]
+        return [t.to(device, dtype) for t in (x, *weights)], grad_out.to(device, dtype)
+
+    def truth(self, inputs: Sequence[Tensor], grad_out: Tensor) -> list[Tensor]:
+        x, *weights = (t.double() for t in inputs)
+        operands = (x, None, None, *weights, self._lengths(x.device.type))
+        output, h_n, c_n = pyattn.reference.lstm_forward(*operands)
+        zeros = torch.zeros_like(h_n), torch.zeros_like(c_n)
+        dinput, _, _, *dweights = pyattn.reference.lstm_backward(grad_out.double(), *zeros, *operands)
+        return [output, dinput, *dweights]
+
+    def routes(self, device: str) -> dict[str, Route]:
+        lengths = self._lengths(device)
+        packed = {} if lengths is None else {"packed": Route(partial(_lstm_packed, lengths=lengths.cpu()))}
+        return {
+            PYATTN: Route(partial(_lstm, lengths=lengths)),
+            self.yardstick: Route(partial(_lstm_padded, lengths=lengths)),
+            **packed,
+        }
+
+    def flops(self, direction: str) -> int:
+        """Per valid step the product of x and h with the weights; backward, two of the same size: gradients of x and h,
+        and of the weights."""
+        _, _, features, hidden = self.shape
+        return (2 if direction == FORWARD else 6) * 4 * hidden * (features + hidden) * self._steps
+
+    def bytes(self, direction: str) -> int:
+        """x, the output and the weights; backward too, x again and the gradients of all three."""
+        _, _, features, hidden = self.shape
+        steps, weights = self._steps * (features + hidden), 4 * hidden * (features + hidden + 2)
+        moved = steps + weights if direction == FORWARD else 3 * steps + 3 * weights
+        return moved * DTYPES[self.dtype].itemsize
+
+    def smallest(self) -> "Lstm":
+        return replace(self, shape=(1, 2, *self.shape[2:]))
+
+    @property
+    def _steps(self) -> int:
+        batch, seq, _, _ = self.shape
+        return sum(_rising_lengths(batch, seq)) if self.mask == "padding" else batch * seq
+
+    def _lengths(self, device: str) -> Tensor | None:
+        batch, seq, _, _ = self.shape
+        return torch.tensor(_rising_lengths(batch, seq), device=device) if self.mask == "padding" else None
+
+
+def _lstm(x: Tensor, *weights: Tensor, lengths: Tensor | None) -> Tensor:
+    return pyattn.lstm(x, *weights, lengths=lengths)[0]
+
+
+def _torch_lstm(x: Tensor, weights: Sequence[Tensor], *batch_sizes: Tensor, batch: int) -> Tensor:
+    hx = x.new_zeros(1, batch, weights[1].shape[1])
+    end = () if batch_sizes else (True,)
+    return torch._VF.lstm(x, *batch_sizes, (hx, hx), weights, True, 1, 0.0, True, False, *end)[0]
+
+
+def _lstm_padded(x: Tensor, *weights: Tensor, lengths: Tensor | None) -> Tensor:
+    output = _torch_lstm(x, weights, batch=x.shape[0])
+    if lengths is None:
+        return output
+    return output * (torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)).unsqueeze(2)
+
+
+def _lstm_packed(x: Tensor, *weights: Tensor, lengths: Tensor) -> Tensor:
+    packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    data = _torch_lstm(packed.data, weights, packed.batch_sizes, batch=x.shape[0])
+    return pad_packed_sequence(packed._replace(data=data), batch_first=True, total_length=x.shape[1])[0]
+
+
+# A text classifier's layer, from one request to a training batch.
+LAYER_SHAPES: tuple[Shape, ...] = ((1, 100, 64, 128), (32, 100, 64, 128), (256, 100, 64, 128))
+
+
+def layers_suite(
+    shapes: Sequence[Shape] | None, dtypes: Sequence[str] | None, masks: Sequence[str] | None, quick: bool
+) -> list[Case]:
+    return [
+        Lstm(dtype, mask, shape)
+        for dtype in dtypes or ("fp32", "bf16")
+        for mask in masks or ("full", "padding")
+        for shape in shapes or (LAYER_SHAPES[:2] if quick else LAYER_SHAPES)
+    ]
+
+
+SUITES = {
+    "attention": attention_suite,
+    "losses": losses_suite,
+    "embeddings": embeddings_suite,
+    "layers": layers_suite,
+}

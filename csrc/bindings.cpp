@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "embedding_bag.h"
 #include "linear_cross_entropy.h"
+#include "lstm.h"
 #include "signature.h"
 
 namespace pyattn {
@@ -18,6 +19,7 @@ namespace {
 #include "bind_cross_entropy-inl.h"
 #include "bind_embedding_bag-inl.h"
 #include "bind_linear_cross_entropy-inl.h"
+#include "bind_lstm-inl.h"
 
 }  // namespace
 }  // namespace pyattn
@@ -62,6 +64,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_cross_entropy_backward", &pyattn::linear_cross_entropy_backward, py::arg("dloss"), py::arg("m"),
         py::arg("l"), py::arg("operands"), py::arg("config"), py::arg("gradients"), py::arg("threads"),
         "Fills those of the gradients that are not None; see pyattn.reference.linear_cross_entropy_backward.");
+  m.def("lstm_forward", &pyattn::lstm_forward, py::arg("operands"), py::arg("reverse"), py::arg("output"),
+        py::arg("h_n"), py::arg("c_n"), py::arg("saved"), py::arg("threads"),
+        "Fills output, h_n, c_n and, unless it is None, saved, [batch * seq, 5 * whole units]; see "
+        "pyattn.reference.lstm_forward. Returns -1, or the first sample whose length is not in [0, seq], and then has "
+        "filled nothing.");
+  m.def("lstm_backward", &pyattn::lstm_backward, py::arg("doutput"), py::arg("dh_n"), py::arg("dc_n"), py::arg("saved"),
+        py::arg("operands"), py::arg("reverse"), py::arg("gradients"), py::arg("threads"),
+        "Fills gradients, which are (dinput, dh0, dc0, dweight_ih, dweight_hh, dbias), the last four of them optional "
+        "or None; see pyattn.reference.lstm_backward. Returns what lstm_forward does.");
   m.def(
       "isa", [] { return std::string(pyattn::kernels().isa); },
       "The kernel variant in use: the best available, or the one that PYATTN_ISA names.");

@@ -5,6 +5,7 @@
 #include "cross_entropy.h"
 #include "embedding_bag.h"
 #include "linear_cross_entropy.h"
+#include "lstm.h"
 
 namespace pyattn {
 
@@ -14,6 +15,7 @@ struct Kernels {
   CrossEntropyKernels cross_entropy;
   EmbeddingBagKernels embedding_bag;
   LinearCrossEntropyKernels linear_cross_entropy;
+  LstmKernels lstm;
 };
 
 }  // namespace pyattn

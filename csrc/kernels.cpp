@@ -28,6 +28,7 @@
 #include "huge_pages.h"
 #include "kernel_table.h"
 #include "linear_cross_entropy.h"
+#include "lstm.h"
 
 namespace pyattn {
 namespace PYATTN_VARIANT {
@@ -49,6 +50,7 @@ constexpr int kUnit = 64;
 #include "cross_entropy-inl.h"
 #include "embedding_bag-inl.h"
 #include "linear_cross_entropy-inl.h"
+#include "lstm-inl.h"
 // clang-format on
 
 void attention_forward(const AttentionForward& p) {
@@ -123,6 +125,20 @@ int64_t linear_cross_entropy_backward(const LinearCrossEntropyBackward& p) {
   return bad_row;
 }
 
+int64_t lstm_forward(const LstmForward& p) {
+  const int64_t bad_sample =
+      p.input.dtype == Dtype::kFloat64 ? LstmForwardTiles<double>(p).run() : LstmForwardTiles<float>(p).run();
+  trim_scratch();
+  return bad_sample;
+}
+
+int64_t lstm_backward(const LstmBackward& p) {
+  const int64_t bad_sample =
+      p.input.dtype == Dtype::kFloat64 ? LstmBackwardTiles<double>(p).run() : LstmBackwardTiles<float>(p).run();
+  trim_scratch();
+  return bad_sample;
+}
+
 #define PYATTN_NAME(variant) PYATTN_STRING(variant)
 #define PYATTN_STRING(text) #text
 
@@ -134,7 +150,8 @@ const Kernels kKernels = {
     {attention_forward, attention_backward},
     {cross_entropy_forward, cross_entropy_backward},
     {embedding_bag_forward, embedding_bag_transpose, embedding_bag_backward, embedding_bag_weights_backward},
-    {linear_cross_entropy_forward, linear_cross_entropy_backward}};
+    {linear_cross_entropy_forward, linear_cross_entropy_backward},
+    {lstm_forward, lstm_backward}};
 
 }  // namespace PYATTN_VARIANT
 }  // namespace pyattn

@@ -170,32 +170,34 @@ PYATTN_INLINE void pack_square(const S* from, int64_t row, T factor, T* to, int6
   for (int i = 0; i < W; ++i) store(to + i * ldt, block[i]);
 }
 
+// The transpose of `count` <= kWidth rows of `columns` elements, times `factor`, to rows of one vector, ldt apart.
+template <class T, class S>
+void pack_columns(const S* rows, int64_t row, int64_t col, int64_t count, int64_t columns, T factor, T* to, int64_t ldt,
+                  FiniteCheck<T>& check) {
+  constexpr int W = kWidth<T>;
+  int64_t d = 0;
+  if (count == W && col == 1) {
+    for (; d + W <= columns; d += W) pack_square<T>(rows + d, row, factor, to + d * ldt, ldt, check);
+  }
+  // What is left of it, in squares filled up with zeros.
+  for (; d < columns; d += W) {
+    const int64_t width = lanes_left<T>(columns, d);
+    T square[W * W] = {}, transposed[W * W];
+    for (int64_t i = 0; i < count; ++i) store(square + i * W, load_some<T>(rows + i * row + d * col, col, width));
+    pack_square<T>(square, W, factor, transposed, W, check);
+    for (int64_t i = 0; i < width; ++i) store(to + (d + i) * ldt, load(transposed + i * W));
+  }
+}
+
 // The transpose of `keys` <= kUnit rows of `depth` elements, times `factor`, in panels [panel][depth][kPanel] with
 // zeros from `keys` to the next whole vector. Returns whether all elements read are finite.
 template <class T>
 bool pack_transposed(const Matrix& from, int64_t first, int64_t keys, int64_t depth, T factor, T* to) {
   return with_storage<T>(from.dtype, from.data, [&](const auto* data) {
-    constexpr int W = kWidth<T>;
     FiniteCheck<T> check;
-    for (int64_t key = 0; key < keys; key += W) {
-      const auto* rows = data + (first + key) * from.row;
-      T* panel = to + key / kPanel<T> * kPanel<T> * depth + key % kPanel<T>;
-      const int64_t count = lanes_left<T>(keys, key);
-      int64_t d = 0;
-      if (count == W && from.col == 1) {
-        for (; d + W <= depth; d += W)
-          pack_square<T>(rows + d, from.row, factor, panel + d * kPanel<T>, kPanel<T>, check);
-      }
-      // What is left of it, in squares filled up with zeros.
-      for (; d < depth; d += W) {
-        const int64_t width = lanes_left<T>(depth, d);
-        T square[W * W] = {}, transposed[W * W];
-        for (int64_t i = 0; i < count; ++i) {
-          store(square + i * W, load_some<T>(rows + i * from.row + d * from.col, from.col, width));
-        }
-        pack_square<T>(square, W, factor, transposed, W, check);
-        for (int64_t i = 0; i < width; ++i) store(panel + (d + i) * kPanel<T>, load(transposed + i * W));
-      }
+    for (int64_t key = 0; key < keys; key += kWidth<T>) {
+      pack_columns<T>(data + (first + key) * from.row, from.row, from.col, lanes_left<T>(keys, key), depth, factor,
+                      to + key / kPanel<T> * kPanel<T> * depth + key % kPanel<T>, kPanel<T>, check);
     }
     return check.all_finite();
   });

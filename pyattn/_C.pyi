@@ -85,6 +85,25 @@ def linear_cross_entropy_backward(
     gradients: tuple[Tensor | None, ...],
     threads: int,
 ) -> int: ...
+def lstm_forward(
+    operands: tuple[Tensor | None, ...],
+    reverse: bool,
+    output: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    saved: Tensor | None,
+    threads: int,
+) -> int: ...
+def lstm_backward(
+    doutput: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    saved: Tensor,
+    operands: tuple[Tensor | None, ...],
+    reverse: bool,
+    gradients: tuple[Tensor | None, ...],
+    threads: int,
+) -> int: ...
 def isa() -> str: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...

@@ -349,7 +349,7 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
 # ---- embedding bag ---------------------------------------------------------------------------------------------------
 
 BAG_MODES = ("sum", "mean", "max")
-ID_DTYPES = (torch.int64, torch.int32)
+INDEX_DTYPES = (torch.int64, torch.int32)
 MAX_BAGS = 2**31 - 1  # and rows: kernels keep their numbers in 32 bits
 
 
@@ -384,7 +384,7 @@ def check_embedding_bag(
     if weight.dtype not in DTYPES:
         raise DtypeError(f"weight: expected one of float32, bfloat16, float16, float64, got {weight.dtype}")
     for name, tensor in (("input", input), ("offsets", offsets), ("lengths", lengths)):
-        if tensor is not None and tensor.dtype not in ID_DTYPES:
+        if tensor is not None and tensor.dtype not in INDEX_DTYPES:
             raise DtypeError(f"{name}: expected int64 or int32, got {tensor.dtype}; {name}.long() converts")
     if offsets is None:
         if input.dim() != 2:
@@ -493,4 +493,65 @@ def check_bags(
         raise IndexError(
             f"input: expected ids in [0, {weight.shape[0]}), the rows of weight, got {int(input[tuple(position)])} at "
             f"position {where}"
+        )
+
+
+# ---- LSTM ------------------------------------------------------------------------------------------------------------
+
+
+def check_lstm(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    """Everything about one layer of an LSTM that a kernel relies on, except that the lengths are lengths."""
+    if input.dim() != 3:
+        raise ShapeError(f"input: expected shape (batch, seq, features), got {shape_text(input)}")
+    if weight_hh.dim() != 2:
+        raise ShapeError(f"weight_hh: expected shape (4 * hidden, hidden), got {shape_text(weight_hh)}")
+    if input.dtype not in DTYPES:
+        raise DtypeError(f"input: expected one of float32, bfloat16, float16, float64, got {input.dtype}")
+    batch, features, hidden = input.shape[0], input.shape[2], weight_hh.shape[1]
+    expected = {
+        "input": (input, tuple(input.shape)),
+        "h0": (h0, (batch, hidden)),
+        "c0": (c0, (batch, hidden)),
+        "weight_ih": (weight_ih, (4 * hidden, features)),
+        "weight_hh": (weight_hh, (4 * hidden, hidden)),
+        "bias_ih": (bias_ih, (4 * hidden,)),
+        "bias_hh": (bias_hh, (4 * hidden,)),
+        "lengths": (lengths, (batch,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        check_dense(name, tensor)
+        if tensor.shape != shape:
+            raise ShapeError(
+                f"{name}: expected shape {shape} (input {shape_text(input)}, weight_hh {shape_text(weight_hh)}), got "
+                f"{shape_text(tensor)}"
+            )
+        if name == "lengths":
+            if tensor.dtype not in INDEX_DTYPES:
+                raise DtypeError(f"lengths: expected int64 or int32, got {tensor.dtype}; lengths.long() converts")
+        elif tensor.dtype != input.dtype:
+            raise DtypeError(
+                f"{name}: expected input's dtype {input.dtype}, got {tensor.dtype}; {name}.to(input.dtype) converts"
+            )
+        if tensor.device != input.device:
+            raise DeviceError(f"{name}: expected input's device {input.device}, got {tensor.device}")
+
+
+def check_lengths(lengths: Tensor | None, seq: int) -> None:
+    """Looks at every length; kernels do so on the way, and come here for the words."""
+    bad = None if lengths is None else (lengths < 0) | (lengths > seq)
+    if lengths is not None and bad is not None and bad.any():
+        sample = int(bad.nonzero()[0])
+        raise ValueError(
+            f"lengths: expected numbers of steps in [0, {seq}], got {int(lengths[sample])} of sample {sample}"
         )

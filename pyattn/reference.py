@@ -557,3 +557,79 @@ def linear_cross_entropy_backward(
     rows, x = torch.atleast_2d(g), torch.atleast_2d(s.x)
     dinput, dweight, dbias = g @ s.w, rows.mT @ x, rows.sum(dim=0)
     return dinput.to(input.dtype), dweight.to(linear_weight.dtype), dbias.to(linear_weight.dtype)
+
+
+# ---- LSTM ------------------------------------------------------------------------------------------------------------
+
+
+@_exact
+def lstm_forward(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer in one direction: the hidden states of all steps, and the last hidden and cell state.
+
+    At each step below a sample's length (all steps without `lengths`), in order or, with `reverse`, from the last one
+    back, with the gates i, f, g, o in this order along the rows of the weights,
+
+        i, f, g, o = weight_ih x + bias_ih + weight_hh h + bias_hh
+        c <- sigmoid(f) c + sigmoid(i) tanh(g),    h <- sigmoid(o) tanh(c).
+
+    A step beyond the length does not exist: it leaves the state, its output is 0, and what its input holds reaches
+    nothing. Shapes: input ``[batch, seq, features]``, states ``[batch, hidden]`` (None is zeros), weights
+    ``[4 hidden, features]`` and ``[4 hidden, hidden]``. Results have input's dtype; the state is carried unrounded.
+    """
+    dtype, (batch, seq, _), hidden = torch.promote_types(input.dtype, torch.float32), input.shape, weight_hh.shape[1]
+    h, c = (input.new_zeros(batch, hidden, dtype=dtype) if x is None else x.to(dtype) for x in (h0, c0))
+    bias = sum(x.to(dtype) for x in (bias_ih, bias_hh) if x is not None)
+    steps = torch.arange(seq, device=input.device)
+    valid = (steps < (seq if lengths is None else lengths.unsqueeze(-1))).expand(batch, seq).unsqueeze(-1)
+    x = torch.where(valid, input.to(dtype), 0.0)
+    outputs = [torch.empty(0)] * seq
+    for t in reversed(range(seq)) if reverse else range(seq):
+        i, f, g, o = (x[:, t] @ weight_ih.to(dtype).T + h @ weight_hh.to(dtype).T + bias).chunk(4, dim=-1)
+        next_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        next_h = torch.sigmoid(o) * torch.tanh(next_c)
+        h, c = torch.where(valid[:, t], next_h, h), torch.where(valid[:, t], next_c, c)
+        outputs[t] = torch.where(valid[:, t], h, 0.0)
+    output = torch.stack(outputs, dim=1) if seq else input.new_zeros(batch, 0, hidden, dtype=dtype)
+    return output.to(input.dtype), h.to(input.dtype), c.to(input.dtype)
+
+
+@_exact
+def lstm_backward(
+    doutput: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    lengths: Tensor | None = None,
+    *,
+    reverse: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `lstm_forward` for its first seven arguments, by autograd, in float32 (float64) and rounded once."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    tensors = (input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh)
+    present = [x for x in tensors if x is not None]
+
+    def forward(*values: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(values)
+        operands: list[Any] = [*(None if x is None else next(rest) for x in tensors), lengths]
+        return lstm_forward(*operands, reverse=reverse)
+
+    pullback = torch.func.vjp(forward, *(x.to(dtype) for x in present))[1]
+    gradients = iter(pullback(tuple(x.to(dtype) for x in (doutput, dh_n, dc_n))))
+    return tuple(None if x is None else next(gradients).to(x.dtype) for x in tensors)

@@ -7,14 +7,18 @@ the yardstick's largest error, plus a floor for problems so small that the yards
 
 import math
 from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any
 
 import bag_problems
 import linear_loss_problems
 import loss_problems
+import lstm_problems
 import torch
 from bag_problems import BagProblem
 from linear_loss_problems import LinearLossProblem
 from loss_problems import LossProblem
+from lstm_problems import LstmProblem
 from problems import Problem, Results
 from torch import Tensor
 
@@ -54,34 +58,32 @@ def check_loss(
     results: loss_problems.Results | linear_loss_problems.Results, problem: LossProblem | LinearLossProblem
 ) -> None:
     """The same for cross-entropy, and for a linear layer with it."""
-    finfo = torch.finfo(problem.input.dtype)
-    kind = linear_loss_problems if isinstance(problem, LinearLossProblem) else loss_problems
-    columns = (results, *(judge(problem) for judge in (kind.truth, kind.yardstick, kind.magnitude)))
-    for name, x, x_ref, x_pt, size in zip(results._fields, *columns, strict=True):
-        assert (x is None) == (x_ref is None), f"{name}: got {x}, expected {x_ref}\n{problem}"
-        if x is None:
-            continue
-        assert x.dtype == problem.input.dtype
-        floor = FLOOR_EPS * finfo.eps * (_largest(size.nan_to_num(0.0, 0.0, 0.0)) + finfo.smallest_normal)
-        try:
-            assert_close(name, x, x_ref, x_pt, factor=FACTORS[problem.input.dtype], floor=floor)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{problem}") from None
+    judges = linear_loss_problems if isinstance(problem, LinearLossProblem) else loss_problems
+    _check(results, problem, problem.input.dtype, judges)
 
 
 def check_bag(results: bag_problems.Results, problem: BagProblem) -> None:
     """The same for the embedding bag."""
-    finfo = torch.finfo(problem.weight.dtype)
-    judges = (bag_problems.truth, bag_problems.yardstick, bag_problems.magnitude)
-    columns = (results, *(judge(problem) for judge in judges))
-    for name, x, x_ref, x_pt, size in zip(bag_problems.Results._fields, *columns, strict=True):
+    _check(results, problem, problem.weight.dtype, bag_problems)
+
+
+def check_lstm(results: lstm_problems.Results, problem: LstmProblem) -> None:
+    """The same for the LSTM."""
+    _check(results, problem, problem.input.dtype, lstm_problems)
+
+
+def _check(results: Any, problem: Any, dtype: torch.dtype, judges: ModuleType) -> None:
+    """By the truth, the yardstick and the magnitude that the problem's module knows."""
+    finfo = torch.finfo(dtype)
+    columns = (results, judges.truth(problem), judges.yardstick(problem), judges.magnitude(problem))
+    for name, x, x_ref, x_pt, size in zip(results._fields, *columns, strict=True):
         assert (x is None) == (x_ref is None), f"{name}: got {x}, expected {x_ref}\n{problem}"
         if x is None:
             continue
-        assert x.dtype == problem.weight.dtype
-        floor = FLOOR_EPS * finfo.eps * (_largest(size) + finfo.smallest_normal)
+        assert x.dtype == dtype
+        floor = FLOOR_EPS * finfo.eps * (_largest(size.nan_to_num(0.0, 0.0, 0.0)) + finfo.smallest_normal)
         try:
-            assert_close(name, x, x_ref, x_pt, factor=FACTORS[problem.weight.dtype], floor=floor)
+            assert_close(name, x, x_ref, x_pt, factor=FACTORS[dtype], floor=floor)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{problem}") from None
 

@@ -28,8 +28,8 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 @pytest.mark.parametrize("isa", NOT_RUNNING)
 def test_instruction_set(isa: str) -> None:
     """The kernels' tests on the other kernels; this process has run them on its own."""
-    names = ("test_attention.py", "test_masks.py", "test_losses.py", "test_linear_losses.py", "test_embedding.py")
-    files = [str(TESTS / name) for name in names]
+    ops = ("attention", "masks", "losses", "linear_losses", "embedding", "lstm")
+    files = [str(TESTS / f"test_{name}.py") for name in ops]
     options = ("-p", "no:cacheprovider", "--hypothesis-profile=isa", "--tb=short")
     result = python("-m", "pytest", *options, *files, PYATTN_ISA=isa, **FILLED_MALLOC)
     assert result.returncode == 0, result.stdout[-20000:] + result.stderr

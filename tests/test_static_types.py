@@ -27,6 +27,8 @@ loss: Tensor = pyattn.cross_entropy(q[0, 0], torch.arange(16), label_smoothing=0
 same_loss: Tensor = pyattn.nn.CrossEntropyLoss(reduction="none")(q[0, 0], torch.arange(16))
 bags: Tensor = pyattn.embedding_bag(torch.zeros(2, 3).long(), q[0, 0], padding_idx=0, mode="max", dropout_p=0.1)
 same_bags: Tensor = pyattn.nn.EmbeddingBag(16, 32, padding_idx=0)(torch.zeros(2, 3).long(), lengths=torch.arange(2))
+hidden: Tensor = pyattn.lstm(q[0], torch.ones(80, 32), torch.ones(80, 20), lengths=torch.arange(4))[1]
+states: tuple[Tensor, tuple[Tensor, Tensor]] = pyattn.nn.LSTM(32, 20)(q[0], lengths=torch.arange(16))
 pyattn.show_config()
 """
 WRONG = [
@@ -37,6 +39,7 @@ WRONG = [
     'pyattn.cross_entropy(q, q, reduction="average")',
     'pyattn.embedding_bag(q, q, mode="median")',
     'pyattn.use_backend("cuda")',
+    "pyattn.lstm(q, q, q, lengths=[1])",
 ]
 
 

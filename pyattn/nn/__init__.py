@@ -2,5 +2,6 @@
 
 from .embedding import EmbeddingBag
 from .loss import CrossEntropyLoss, LinearCrossEntropyLoss
+from .rnn import LSTM
 
-__all__ = ["CrossEntropyLoss", "EmbeddingBag", "LinearCrossEntropyLoss"]
+__all__ = ["LSTM", "CrossEntropyLoss", "EmbeddingBag", "LinearCrossEntropyLoss"]
