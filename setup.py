@@ -111,6 +111,9 @@ class build_ext(pybind11_build_ext):
         )
 
 
+# With -O3 the build takes twice as long, and attention's forward 2 to 8 % longer at 16 to 200 tokens (g++ 12, Zen 3).
+OPTIMIZE = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
+
 # One OpenMP pool: torch brings libgomp.so.1 and is imported first, so plain -fopenmp binds to torch's copy.
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
@@ -120,7 +123,7 @@ extension = Pybind11Extension(
     include_dirs=[str(CSRC)],
     depends=HEADERS,
     cxx_std=17,
-    extra_compile_args=["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *OPENMP],
+    extra_compile_args=[*OPTIMIZE, "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", *OPENMP],
     extra_link_args=OPENMP,
 )
 

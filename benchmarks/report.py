@@ -104,7 +104,7 @@ def _load(kind: type, entry: dict[str, Any], **converted: Any) -> Any:
 SHORT = {FORWARD: "fwd", TRAINING: "fwd+bwd"}
 
 COLUMNS = (
-    f"{'op':<14}{'dir':<8}{'dtype':<6}{'mask':<8}{'B,H,S,D':<15}{'median':>8}{'spread':>7}{'GFLOP/s':>8}{'peak':>5}"
+    f"{'op':<22}{'dir':<8}{'dtype':<6}{'mask':<8}{'B,H,S,D':<15}{'median':>8}{'spread':>7}{'GFLOP/s':>8}{'peak':>5}"
     f"{'sdpa':>8}{'formula':>8}{'fastest':>8} {'which':<8}{'MiB':>5}{'torch':>6}"
 )
 
@@ -128,14 +128,14 @@ def row_text(row: Row, results: Results) -> str:
     ratios = "".join(f"{_ratio_text(row, route):>8}" for route in ("sdpa", "formula", fastest))
     mib, torch_mib = (_mib_text(row.extra_peak_bytes.get(route)) for route in (PYATTN, fastest))
     return (
-        f"{row.op:<14}{SHORT[row.direction]:<8}{row.dtype:<6}{row.mask:<8}{_shape_text(row.shape):<15}"
+        f"{row.op:<22}{SHORT[row.direction]:<8}{row.dtype:<6}{row.mask:<8}{_shape_text(row.shape):<15}"
         f"{_time_text(timing.median_s):>8}{timing.spread:>7.0%}{row.gflops_per_s:>8.1f}{results.peak_share(row):>5.0%}"
         f"{ratios} {fastest:<8}{mib:>5}{torch_mib:>6} {_verdict(row.speedup)}"
     ).rstrip()
 
 
 def failure_text(failure: Failure) -> str:
-    case = f"{failure.op:<14}{'':<8}{failure.dtype:<6}{failure.mask:<8}{_shape_text(failure.shape):<15}"
+    case = f"{failure.op:<22}{'':<8}{failure.dtype:<6}{failure.mask:<8}{_shape_text(failure.shape):<15}"
     lines = [f"{case} NO TIME: {failure.reason}"]
     for e in failure.errors:
         verdict = "passed" if e.passed else "FAILED"

@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = SUITES[args.suite](args.shapes, args.dtype, args.mask, args.quick)
     cases = [case for case in cases if args.op in (None, case.op)]
     if args.list:
-        print("\n".join(f"{case.op:<10} {case.dtype:<5} {case.mask:<8} {case.shape}" for case in cases))
+        print("\n".join(f"{case.op:<21} {case.dtype:<5} {case.mask:<8} {case.shape}" for case in cases))
         return 0
 
     torch.set_num_threads(args.threads)

@@ -54,11 +54,11 @@ bool is_dense(const TensorView& view) {
   return true;
 }
 
-// From this size on glibc's malloc may give memory fresh from the system at every call, whatever was freed before. It
-// comes page by page, with a fault and a clearing for each. Attention over (256, 12, 64, 64), forward and backward:
-// 440 ms, with huge pages 260; the 62 MB of a cross-entropy's gradient: 50 ms, seven times what computing them takes,
-// and 12 (Zen 3, a virtual machine).
-constexpr int64_t kFreshBytes = int64_t{32} << 20;
+// From this size on glibc's malloc often gives memory fresh from the system, page by page, with a fault and a clearing
+// for each. Attention over (256, 12, 64, 64), forward and backward: 440 ms, with huge pages 260; the 62 MB of a
+// cross-entropy's gradient: 50 ms, seven times what computing them takes, and 12; the 5 MB of an embedding's: 3.5 ms
+// and 0.7 (Zen 3, a virtual machine).
+constexpr int64_t kFreshBytes = int64_t{4} << 20;
 
 // To be called for an output before it is written.
 void expect_first_write(const TensorView& view) {

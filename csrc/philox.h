@@ -16,7 +16,7 @@ PYATTN_INLINE void philox_words(const PhiloxRow& row, int64_t first_key, uint32_
   constexpr int kCounters = kVectorBytes / 8;
   const Bits64 multiplier0 = Bits64{} + 0xD2511F53, multiplier1 = Bits64{} + 0xCD9E8D57, low = Bits64{} + 0xffffffff;
   for (int counter = 0; counter < kUnit / 4; counter += kCounters) {
-    Bits64 c0, c1 = Bits64{} + row.query, c2 = Bits64{} + row.head, c3 = Bits64{} + row.batch;
+    Bits64 c0 = {}, c1 = Bits64{} + row.query, c2 = Bits64{} + row.head, c3 = Bits64{} + row.batch;
     for (int i = 0; i < kCounters; ++i) c0[i] = static_cast<uint64_t>(first_key / 4 + counter + i);
     uint32_t key0 = static_cast<uint32_t>(row.seed), key1 = static_cast<uint32_t>(row.seed >> 32);
 #pragma GCC unroll 10

@@ -253,9 +253,9 @@ def test_list_names_every_case(capsys):
     assert run.main(["--list", "--dtype", "fp32", "--mask", "padding"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if "padding" in line] == [
-        f"attention  fp32  padding  {shape}" for shape in cases.SHAPES
+        f"{'attention':<21} fp32  padding  {shape}" for shape in cases.SHAPES
     ]
-    assert lines[-1] == f"attention  fp32  full     {cases.TINY}"
+    assert lines[-1] == f"{'attention':<21} fp32  full     {cases.TINY}"
 
 
 def test_one_case_end_to_end(tmp_path):
