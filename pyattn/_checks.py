@@ -349,7 +349,7 @@ def check_class_indices(target: Tensor, classes: int, ignore_index: int) -> None
 # ---- embedding bag ---------------------------------------------------------------------------------------------------
 
 BAG_MODES = ("sum", "mean", "max")
-INDEX_DTYPES = (torch.int64, torch.int32)
+ID_DTYPES = (torch.int64, torch.int32)
 MAX_BAGS = 2**31 - 1  # and rows: kernels keep their numbers in 32 bits
 
 
@@ -384,7 +384,7 @@ def check_embedding_bag(
     if weight.dtype not in DTYPES:
         raise DtypeError(f"weight: expected one of float32, bfloat16, float16, float64, got {weight.dtype}")
     for name, tensor in (("input", input), ("offsets", offsets), ("lengths", lengths)):
-        if tensor is not None and tensor.dtype not in INDEX_DTYPES:
+        if tensor is not None and tensor.dtype not in ID_DTYPES:
             raise DtypeError(f"{name}: expected int64 or int32, got {tensor.dtype}; {name}.long() converts")
     if offsets is None:
         if input.dim() != 2:
@@ -537,7 +537,7 @@ def check_lstm(
                 f"{shape_text(tensor)}"
             )
         if name == "lengths":
-            if tensor.dtype not in INDEX_DTYPES:
+            if tensor.dtype not in ID_DTYPES:
                 raise DtypeError(f"lengths: expected int64 or int32, got {tensor.dtype}; lengths.long() converts")
         elif tensor.dtype != input.dtype:
             raise DtypeError(
